@@ -1,0 +1,126 @@
+//! Everything in the kernel: eBPF programs, maps and links, and per workload the rule, routes and listeners in its
+//! network namespace. The proxy sees only [`LocalWorkload`], its listeners, [`dial`] and [`Verdicts`].
+
+use std::{
+    net::{IpAddr, SocketAddr, TcpListener},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use arc_swap::ArcSwapOption;
+
+use crate::{discovery::model::Workload, sys::netns::{Netns, NetnsCookie}};
+
+/// Captured outbound connections.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// Captured inbound plaintext.
+pub const PLAINTEXT_PORT: u16 = 15006;
+/// Inbound tunnels (HBONE).
+pub const TUNNEL_PORT: u16 = 15008;
+
+/// An enrolled workload of this node.
+#[derive(Debug)]
+pub struct LocalWorkload {
+    /// Kubernetes namespace.
+    pub namespace: Arc<str>,
+    /// Name of the pod.
+    pub name: Arc<str>,
+    /// Its network namespace.
+    pub netns: Arc<Netns>,
+    /// Addresses of that namespace when it was enrolled, loopback and link-local ones left out.
+    pub addresses: Vec<IpAddr>,
+    /// What discovery says of it; absent until the control plane has told. Kept current by `lifecycle`.
+    pub workload: ArcSwapOption<Workload>,
+    /// Connections open now, inbound and outbound.
+    pub connections: AtomicU64,
+}
+
+impl LocalWorkload {
+    /// The kernel's name of its namespace.
+    #[must_use]
+    pub fn cookie(&self) -> NetnsCookie {
+        self.netns.cookie()
+    }
+
+    /// Whether `address` is one of its own.
+    #[must_use]
+    pub fn owns(&self, address: IpAddr) -> bool {
+        self.addresses.contains(&address)
+    }
+
+    /// Counts one more connection; the guard counts it down.
+    #[must_use]
+    pub fn connection(self: &Arc<Self>) -> ConnectionGuard {
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        ConnectionGuard(self.clone())
+    }
+}
+
+/// Keeps a workload's connection count right.
+#[derive(Debug)]
+pub struct ConnectionGuard(Arc<LocalWorkload>);
+
+impl Drop for ConnectionGuard {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The listeners of one workload, made inside its namespace and already in the kernel's listener map.
+/// Non-blocking, dual-stack where the namespace has IPv6 (addresses are then IPv4-mapped: unmap them).
+#[derive(Debug)]
+pub struct Listeners {
+    /// Captured outbound connections; `local_addr()` of an accepted socket is the original destination.
+    pub outbound: TcpListener,
+    /// Captured inbound plaintext; `local_addr()` is the address that the client dialled.
+    pub plaintext: TcpListener,
+    /// Inbound tunnels.
+    pub tunnel: TcpListener,
+}
+
+/// How to dial from inside a workload's namespace.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DialOptions {
+    /// Show this address to the peer instead of the namespace's own (inbound: the client's). Its port is the
+    /// kernel's choice.
+    pub source: Option<IpAddr>,
+}
+
+/// Makes a socket inside the workload's namespace and connects it. The socket is recognised by the kernel programs
+/// as the agent's own, so it is never captured. `TCP_NODELAY` and keepalive are set.
+///
+/// # Errors
+/// Those of `connect(2)`; `AddrNotAvailable` when the ports towards this destination are exhausted.
+pub async fn dial(
+    _workload: &LocalWorkload,
+    _destination: SocketAddr,
+    _options: DialOptions,
+) -> std::io::Result<tokio::net::TcpStream> {
+    todo!()
+}
+
+/// The kernel's cache of verdicts on outbound connections, per (workload, destination). A verdict is forgotten when
+/// the mesh changes (generation) or its time is over.
+#[derive(Debug, Clone)]
+pub struct Verdicts {}
+
+/// What `connect(2)` shall do by itself the next time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// The destination is outside the mesh: leave the socket alone.
+    Pass,
+    /// The destination is on this node and allowed: application to application in the kernel.
+    SameNode,
+    /// The peer refused by policy: fail with `EACCES`-like errno.
+    Denied,
+}
+
+impl Verdicts {
+    /// Remembers a verdict that was taken while `generation` was the mesh's. Never fails for the caller: a full or
+    /// broken cache only means that the agent is asked again.
+    pub fn remember(&self, _workload: &LocalWorkload, _destination: SocketAddr, _generation: u64, _verdict: Verdict) {
+        todo!()
+    }
+}

@@ -37,7 +37,7 @@ pub const FLOW_SYN_WINDOW_NS: u64 = 130_000_000_000;
 
 /// An address in IPv6 form, IPv4 ones mapped (RFC 4291, section 2.5.5.2); network byte order.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Address {
     /// Sixteen bytes as four words, as the kernel hands them to the programs.
     pub words: [u32; 4],
@@ -144,7 +144,7 @@ pub struct ListenerKey {
 
 /// Key of `VERDICTS` and of `EDGES`: who dials what.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct EdgeKey {
     /// Namespace of the source.
     pub cookie: u64,
@@ -181,7 +181,7 @@ pub struct Verdict {
 
 /// Key of `DEAD`.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Destination {
     /// Service address.
     pub address: Address,

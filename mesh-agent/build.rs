@@ -34,7 +34,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-env-changed=WEFT_BPF_RUSTC");
     println!("cargo::rerun-if-env-changed=PATH");
     if !runs(Command::new(LINKER).arg("--version")) {
-        return Err(format!("{LINKER} is not in PATH, and the eBPF programs cannot be linked without it; {HELP}").into());
+        return Err(format!(
+            "{LINKER} is not in PATH, and the eBPF programs cannot be linked without it; {HELP}"
+        )
+        .into());
     }
     let toolchain = find_toolchain()?;
     let out_dir = PathBuf::from(env::var("OUT_DIR")?);
@@ -48,11 +51,20 @@ fn find_toolchain() -> Result<Toolchain, Box<dyn Error>> {
         let rustc = PathBuf::from(rustc);
         return match has_core(&rustc) {
             true => Ok(Toolchain::Prebuilt(rustc)),
-            false => Err(format!("WEFT_BPF_RUSTC={} has no core for {TARGET}", rustc.display()).into()),
+            false => Err(format!(
+                "WEFT_BPF_RUSTC={} has no core for {TARGET}",
+                rustc.display()
+            )
+            .into()),
         };
     }
-    let sysroot = output(Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]));
-    if sysroot.is_some_and(|root| Path::new(&root).join("lib/rustlib/src/rust/library/core").is_dir()) {
+    let sysroot =
+        output(Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]));
+    if sysroot.is_some_and(|root| {
+        Path::new(&root)
+            .join("lib/rustlib/src/rust/library/core")
+            .is_dir()
+    }) {
         return Ok(Toolchain::Nightly);
     }
     ["/usr/bin/rustc", "/usr/local/bin/rustc"]
@@ -65,35 +77,60 @@ fn find_toolchain() -> Result<Toolchain, Box<dyn Error>> {
 
 fn has_core(rustc: &Path) -> bool {
     let libdir = output(Command::new(rustc).args(["--print", "target-libdir", "--target", TARGET]));
-    let Some(entries) = libdir.and_then(|dir| fs::read_dir(dir).ok()) else { return false };
-    entries.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with("libcore-"))
+    let Some(entries) = libdir.and_then(|dir| fs::read_dir(dir).ok()) else {
+        return false;
+    };
+    entries
+        .flatten()
+        .any(|entry| entry.file_name().to_string_lossy().starts_with("libcore-"))
 }
 
-fn build(programs: &Path, target_dir: &Path, toolchain: &Toolchain) -> Result<PathBuf, Box<dyn Error>> {
+fn build(
+    programs: &Path,
+    target_dir: &Path,
+    toolchain: &Toolchain,
+) -> Result<PathBuf, Box<dyn Error>> {
     let mut cargo = match toolchain {
         Toolchain::Nightly => {
             let mut command = Command::new("rustup");
             command.args(["run", "nightly", "cargo"]);
             command
         }
-        Toolchain::Prebuilt(_) => Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into())),
+        Toolchain::Prebuilt(_) => {
+            Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        }
     };
     // What the outer cargo set is about the host: wrappers, flags and toolchain must not leak into the inner build.
     for (name, _) in env::vars_os() {
-        let keep = ["CARGO_HOME", "CARGO_NET_OFFLINE", "CARGO_TERM_COLOR"].iter().any(|kept| name == *kept);
+        let keep = ["CARGO_HOME", "CARGO_NET_OFFLINE", "CARGO_TERM_COLOR"]
+            .iter()
+            .any(|kept| name == *kept);
         let text = name.to_string_lossy();
-        if !keep && (text.starts_with("CARGO") || text.starts_with("RUST") && text != "RUSTUP_HOME") {
+        if !keep && (text.starts_with("CARGO") || text.starts_with("RUST") && text != "RUSTUP_HOME")
+        {
             cargo.env_remove(&name);
         }
     }
     cargo
-        .args(["build", "--release", "--package", "mesh-ebpf", "--bin", "weft-ebpf", "--features", "bpf"])
+        .args([
+            "build",
+            "--release",
+            "--package",
+            "mesh-ebpf",
+            "--bin",
+            "weft-ebpf",
+            "--features",
+            "bpf",
+        ])
         .args(["--target", TARGET, "--target-dir"])
         .arg(target_dir)
         .arg("--manifest-path")
         .arg(programs.join("Cargo.toml"))
         // Map definitions need BTF, and BTF is made from debug information.
-        .env("CARGO_ENCODED_RUSTFLAGS", format!("-Cdebuginfo=2\x1f-Clinker={LINKER}\x1f-Clink-arg=--btf"));
+        .env(
+            "CARGO_ENCODED_RUSTFLAGS",
+            format!("-Cdebuginfo=2\x1f-Clinker={LINKER}\x1f-Clink-arg=--btf"),
+        );
     match toolchain {
         Toolchain::Nightly => {
             cargo.args(["-Z", "build-std=core"]);
@@ -103,7 +140,9 @@ fn build(programs: &Path, target_dir: &Path, toolchain: &Toolchain) -> Result<Pa
             cargo.env("RUSTC", rustc).env("RUSTC_BOOTSTRAP", "1");
         }
     }
-    let status = cargo.status().map_err(|error| format!("cannot start cargo for the eBPF programs: {error}"))?;
+    let status = cargo
+        .status()
+        .map_err(|error| format!("cannot start cargo for the eBPF programs: {error}"))?;
     if !status.success() {
         return Err(format!("building the eBPF programs failed ({status}); {HELP}").into());
     }
@@ -115,6 +154,9 @@ fn runs(command: &mut Command) -> bool {
 }
 
 fn output(command: &mut Command) -> Option<String> {
-    let output = command.output().ok().filter(|output| output.status.success())?;
+    let output = command
+        .output()
+        .ok()
+        .filter(|output| output.status.success())?;
     Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

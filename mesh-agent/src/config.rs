@@ -74,8 +74,15 @@ impl Default for KernelPaths {
     fn default() -> Self {
         // Hybrid mounts have v2 at `unified`; everywhere else it is the mount itself.
         let hybrid = Path::new("/sys/fs/cgroup/unified");
-        let cgroup_root = if hybrid.is_dir() { hybrid } else { Path::new("/sys/fs/cgroup") };
-        Self { cgroup_root: cgroup_root.into(), bpffs_root: "/sys/fs/bpf".into() }
+        let cgroup_root = if hybrid.is_dir() {
+            hybrid
+        } else {
+            Path::new("/sys/fs/cgroup")
+        };
+        Self {
+            cgroup_root: cgroup_root.into(),
+            bpffs_root: "/sys/fs/bpf".into(),
+        }
     }
 }
 
@@ -136,7 +143,11 @@ const CERTIFICATE_LIFETIME_MIN_SECONDS: u64 = 10;
 
 impl Default for ProxyConfig {
     fn default() -> Self {
-        Self { workers: 0, drain_deadline_seconds: 5, certificate_lifetime_seconds: 24 * 60 * 60 }
+        Self {
+            workers: 0,
+            drain_deadline_seconds: 5,
+            certificate_lifetime_seconds: 24 * 60 * 60,
+        }
     }
 }
 
@@ -183,17 +194,25 @@ impl AgentConfig {
     /// # Errors
     /// Names the file, the line and the field.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+        let failed = |source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        };
         let bytes = fs::metadata(path).map_err(failed)?.len();
         if bytes > FILE_MAX_BYTES {
-            return Err(ConfigError::TooLarge { path: path.to_owned(), bytes });
+            return Err(ConfigError::TooLarge {
+                path: path.to_owned(),
+                bytes,
+            });
         }
         let text = fs::read_to_string(path).map_err(failed)?;
         if text.trim().is_empty() {
             return Ok(Self::default());
         }
-        serde_norway::from_str(&text)
-            .map_err(|error| ConfigError::Parse { path: path.to_owned(), message: error.to_string() })
+        serde_norway::from_str(&text).map_err(|error| ConfigError::Parse {
+            path: path.to_owned(),
+            message: error.to_string(),
+        })
     }
 
     /// Checks every setting.
@@ -208,7 +227,10 @@ impl AgentConfig {
         }
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if !name.chars().all(plain) || name.starts_with('.') || name.len() > 128 {
-            return invalid("node.name", format!("{name:?} is not made of letters, digits, dots, dashes and underscores"));
+            return invalid(
+                "node.name",
+                format!("{name:?} is not made of letters, digits, dots, dashes and underscores"),
+            );
         }
         if let Err(error) = Identity::new(&self.node.trust_domain, "checked", "checked") {
             return invalid("node.trustDomain", error.to_string());
@@ -217,13 +239,22 @@ impl AgentConfig {
             return invalid("node.network", "must not contain `/`".into());
         }
         if !self.listen.admin.ip().is_loopback() {
-            return invalid("listen.admin", format!("{} is not a loopback address; admin is for this machine only", self.listen.admin));
+            return invalid(
+                "listen.admin",
+                format!(
+                    "{} is not a loopback address; admin is for this machine only",
+                    self.listen.admin
+                ),
+            );
         }
         if self.proxy.workers > WORKERS_MAX {
             return invalid("proxy.workers", format!("at most {WORKERS_MAX}"));
         }
         if self.proxy.certificate_lifetime_seconds < CERTIFICATE_LIFETIME_MIN_SECONDS {
-            return invalid("proxy.certificateLifetimeSeconds", format!("at least {CERTIFICATE_LIFETIME_MIN_SECONDS}"));
+            return invalid(
+                "proxy.certificateLifetimeSeconds",
+                format!("at least {CERTIFICATE_LIFETIME_MIN_SECONDS}"),
+            );
         }
         self.validate_control_plane()?;
         self.validate_workloads()
@@ -233,16 +264,22 @@ impl AgentConfig {
         let invalid = |setting, message: String| Err(ConfigError::Invalid { setting, message });
         let control = &self.control_plane;
         match (&control.standalone, control.address.is_empty()) {
-            (None, true) => {
-                invalid("controlPlane.address", "is missing (--control-plane https://host:port, or --standalone DIR)".into())
-            }
-            (Some(_), false) => invalid("controlPlane.standalone", "cannot be combined with controlPlane.address".into()),
-            (None, false) if !control.address.starts_with("https://") => {
-                invalid("controlPlane.address", format!("{:?} must begin with https://", control.address))
-            }
-            (None, false) if control.ca_file.as_os_str().is_empty() => {
-                invalid("controlPlane.caFile", "is missing (--control-plane-ca FILE)".into())
-            }
+            (None, true) => invalid(
+                "controlPlane.address",
+                "is missing (--control-plane https://host:port, or --standalone DIR)".into(),
+            ),
+            (Some(_), false) => invalid(
+                "controlPlane.standalone",
+                "cannot be combined with controlPlane.address".into(),
+            ),
+            (None, false) if !control.address.starts_with("https://") => invalid(
+                "controlPlane.address",
+                format!("{:?} must begin with https://", control.address),
+            ),
+            (None, false) if control.ca_file.as_os_str().is_empty() => invalid(
+                "controlPlane.caFile",
+                "is missing (--control-plane-ca FILE)".into(),
+            ),
             _ => Ok(()),
         }
     }
@@ -250,11 +287,16 @@ impl AgentConfig {
     fn validate_workloads(&self) -> Result<(), ConfigError> {
         let mut seen = HashSet::new();
         for workload in &self.workloads {
-            validate_enrolment(workload)
-                .map_err(|message| ConfigError::Invalid { setting: "workloads", message })?;
+            validate_enrolment(workload).map_err(|message| ConfigError::Invalid {
+                setting: "workloads",
+                message,
+            })?;
             if !seen.insert((&workload.namespace, &workload.name)) {
                 let message = format!("{}/{} is named twice", workload.namespace, workload.name);
-                return Err(ConfigError::Invalid { setting: "workloads", message });
+                return Err(ConfigError::Invalid {
+                    setting: "workloads",
+                    message,
+                });
             }
         }
         Ok(())
@@ -267,13 +309,21 @@ impl AgentConfig {
 /// Says which field is wrong.
 pub fn validate_enrolment(enrolment: &Enrolment) -> Result<(), String> {
     // The names become part of an identity, so the same characters are allowed.
-    Identity::new("checked", &enrolment.namespace, &enrolment.name).map_err(|error| error.to_string())?;
-    let absolute = |field: &str, path: &str| match Path::new(path).is_absolute() && !path.contains('\0') {
-        true => Ok(()),
-        false => Err(format!("{field} {path:?} of {}/{} is not an absolute path", enrolment.namespace, enrolment.name)),
-    };
+    Identity::new("checked", &enrolment.namespace, &enrolment.name)
+        .map_err(|error| error.to_string())?;
+    let absolute =
+        |field: &str, path: &str| match Path::new(path).is_absolute() && !path.contains('\0') {
+            true => Ok(()),
+            false => Err(format!(
+                "{field} {path:?} of {}/{} is not an absolute path",
+                enrolment.namespace, enrolment.name
+            )),
+        };
     absolute("netns", &enrolment.netns)?;
-    enrolment.cgroup.as_deref().map_or(Ok(()), |cgroup| absolute("cgroup", cgroup))
+    enrolment
+        .cgroup
+        .as_deref()
+        .map_or(Ok(()), |cgroup| absolute("cgroup", cgroup))
 }
 
 #[cfg(test)]
@@ -310,14 +360,24 @@ mod tests {
 
     #[test]
     fn a_misspelt_field_is_named_with_its_place() {
-        let error = parse("node:\n  nmae: n1\n").expect_err("unknown field").to_string();
-        assert!(error.contains("nmae") && error.contains("line 2"), "{error}");
+        let error = parse("node:\n  nmae: n1\n")
+            .expect_err("unknown field")
+            .to_string();
+        assert!(
+            error.contains("nmae") && error.contains("line 2"),
+            "{error}"
+        );
     }
 
     #[test]
     fn a_wrong_type_is_named_with_its_place() {
-        let error = parse("proxy:\n  workers: many\n").expect_err("wrong type").to_string();
-        assert!(error.contains("workers") && error.contains("line 2"), "{error}");
+        let error = parse("proxy:\n  workers: many\n")
+            .expect_err("wrong type")
+            .to_string();
+        assert!(
+            error.contains("workers") && error.contains("line 2"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -328,12 +388,23 @@ mod tests {
             ("node.name", |c| c.node.name = "../n".into()),
             ("node.trustDomain", |c| c.node.trust_domain = "a b".into()),
             ("node.network", |c| c.node.network = "a/b".into()),
-            ("listen.admin", |c| c.listen.admin = ([0, 0, 0, 0], 1).into()),
+            ("listen.admin", |c| {
+                c.listen.admin = ([0, 0, 0, 0], 1).into()
+            }),
             ("proxy.workers", |c| c.proxy.workers = WORKERS_MAX + 1),
-            ("controlPlane.address", |c| c.control_plane.standalone = None),
-            ("controlPlane.standalone", |c| c.control_plane.address = "https://x".into()),
+            ("controlPlane.address", |c| {
+                c.control_plane.standalone = None
+            }),
+            ("controlPlane.standalone", |c| {
+                c.control_plane.address = "https://x".into()
+            }),
             ("workloads", |c| {
-                let one = Enrolment { namespace: "a".into(), name: "b".into(), netns: "/n".into(), cgroup: None };
+                let one = Enrolment {
+                    namespace: "a".into(),
+                    name: "b".into(),
+                    netns: "/n".into(),
+                    cgroup: None,
+                };
                 c.workloads = vec![one.clone(), one];
             }),
         ];
@@ -347,13 +418,30 @@ mod tests {
 
     #[test]
     fn enrolments_need_absolute_paths_and_plain_names() {
-        let good = Enrolment { namespace: "shop".into(), name: "web".into(), netns: "/n".into(), cgroup: Some("/c".into()) };
+        let good = Enrolment {
+            namespace: "shop".into(),
+            name: "web".into(),
+            netns: "/n".into(),
+            cgroup: Some("/c".into()),
+        };
         validate_enrolment(&good).expect("good");
         for bad in [
-            Enrolment { netns: "run/netns/x".into(), ..good.clone() },
-            Enrolment { cgroup: Some("c".into()), ..good.clone() },
-            Enrolment { name: String::new(), ..good.clone() },
-            Enrolment { namespace: "a/b".into(), ..good.clone() },
+            Enrolment {
+                netns: "run/netns/x".into(),
+                ..good.clone()
+            },
+            Enrolment {
+                cgroup: Some("c".into()),
+                ..good.clone()
+            },
+            Enrolment {
+                name: String::new(),
+                ..good.clone()
+            },
+            Enrolment {
+                namespace: "a/b".into(),
+                ..good.clone()
+            },
         ] {
             assert!(validate_enrolment(&bad).is_err(), "{bad:?}");
         }

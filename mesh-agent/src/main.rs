@@ -199,13 +199,19 @@ fn require_root() -> anyhow::Result<()> {
 
 /// Logs go to standard error. The filter can be changed while running.
 fn init_logging(filter: &str, format: LogFormat) -> anyhow::Result<lifecycle::LogFilter> {
-    use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
+    use tracing_subscriber::{
+        EnvFilter, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
+    };
     let filter = EnvFilter::try_new(filter).with_context(|| format!("--log {filter:?}"))?;
     let (filter, handle) = reload::Layer::new(filter);
     let registry = tracing_subscriber::registry().with(filter);
     match format {
-        LogFormat::Text => registry.with(fmt::layer().with_writer(std::io::stderr)).init(),
-        LogFormat::Json => registry.with(fmt::layer().json().with_writer(std::io::stderr)).init(),
+        LogFormat::Text => registry
+            .with(fmt::layer().with_writer(std::io::stderr))
+            .init(),
+        LogFormat::Json => registry
+            .with(fmt::layer().json().with_writer(std::io::stderr))
+            .init(),
     }
     Ok(handle)
 }

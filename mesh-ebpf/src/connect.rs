@@ -4,18 +4,22 @@
 use aya_ebpf::{
     EbpfContext as _,
     helpers::generated::{
-        bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval, bpf_setsockopt,
+        bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval,
+        bpf_setsockopt,
     },
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 use aya_log_ebpf::warn;
 use mesh_ebpf::{
-    Address, CAPTURE_MARK, CLASS_OUTBOUND, Destination, EdgeKey, FLAG_FAIL_CLOSED, FLAG_SAME_NODE, FastSocket,
-    VERDICT_DENIED, VERDICT_PASS, VERDICT_SAME_NODE, Workload, counter,
+    Address, CAPTURE_MARK, CLASS_OUTBOUND, Destination, EdgeKey, FLAG_FAIL_CLOSED, FLAG_SAME_NODE,
+    FastSocket, VERDICT_DENIED, VERDICT_PASS, VERDICT_SAME_NODE, Workload, counter,
 };
 
-use crate::maps::{ADDRESSES, DEAD, FAST_SOCKETS, GLOBALS, VERDICTS, WORKLOADS, agent_listens, count, may_log, now_ns};
+use crate::maps::{
+    ADDRESSES, DEAD, FAST_SOCKETS, GLOBALS, VERDICTS, WORKLOADS, agent_listens, count, may_log,
+    now_ns,
+};
 
 /// Inode of the agent's cgroup, which names it (`bpf_get_current_cgroup_id`). Set by the agent before loading.
 #[unsafe(no_mangle)]
@@ -38,7 +42,9 @@ const SO_MARK: i32 = 36;
 /// Entry for IPv4 sockets.
 #[cgroup_sock_addr(connect4)]
 pub fn weft_connect4(ctx: SockAddrContext) -> i32 {
-    let Some(source) = enrolled(&ctx) else { return ALLOW };
+    let Some(source) = enrolled(&ctx) else {
+        return ALLOW;
+    };
     // SAFETY: reads of a u32 field of the context, which the verifier rewrites.
     let ip = unsafe { core::ptr::read_volatile(&raw const (*ctx.sock_addr).user_ip4) };
     decide(&ctx, &source, Address::v4(ip))
@@ -47,7 +53,9 @@ pub fn weft_connect4(ctx: SockAddrContext) -> i32 {
 /// Entry for IPv6 sockets, those that dial IPv4-mapped addresses included.
 #[cgroup_sock_addr(connect6)]
 pub fn weft_connect6(ctx: SockAddrContext) -> i32 {
-    let Some(source) = enrolled(&ctx) else { return ALLOW };
+    let Some(source) = enrolled(&ctx) else {
+        return ALLOW;
+    };
     // SAFETY: as above; word by word, because the verifier refuses reads of the whole array.
     let words = unsafe {
         let ip = &raw const (*ctx.sock_addr).user_ip6;
@@ -91,7 +99,12 @@ fn decide(ctx: &SockAddrContext, source: &Workload, address: Address) -> i32 {
         count(counter::NO_ENDPOINT);
         return refuse(ECONNREFUSED);
     }
-    let edge = EdgeKey { cookie: source.cookie, address, port, padding: 0 };
+    let edge = EdgeKey {
+        cookie: source.cookie,
+        address,
+        port,
+        padding: 0,
+    };
     match cached_verdict(&edge) {
         Some((VERDICT_PASS, _)) => {
             count(counter::PASSED);
@@ -155,7 +168,9 @@ fn may_go_fast(ctx: &SockAddrContext, source: &Workload) -> bool {
 fn remember_fast(ctx: &SockAddrContext, edge: EdgeKey, peer_cookie: u64) -> bool {
     // SAFETY: the context is valid for the program's run.
     let socket = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    FAST_SOCKETS.insert(&socket, &FastSocket { edge, peer_cookie }, 0).is_ok()
+    FAST_SOCKETS
+        .insert(&socket, &FastSocket { edge, peer_cookie }, 0)
+        .is_ok()
 }
 
 /// Marks the socket, so that its SYN takes the workload's local route to the agent's listener.
@@ -168,7 +183,10 @@ fn capture(ctx: &SockAddrContext, source: &Workload) -> i32 {
         }
         count(counter::AGENT_DEAD);
         if may_log() {
-            warn!(ctx, "no agent listens for namespace {}: connection refused", source.cookie);
+            warn!(
+                ctx,
+                "no agent listens for namespace {}: connection refused", source.cookie
+            );
         }
         return refuse(ECONNREFUSED);
     }
@@ -204,7 +222,13 @@ fn mark(ctx: &SockAddrContext) -> bool {
 fn set_option(ctx: &SockAddrContext, option: i32, mut value: u32) -> bool {
     // SAFETY: pointer and length describe `value`.
     let result = unsafe {
-        bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, option, (&raw mut value).cast(), size_of::<u32>() as i32)
+        bpf_setsockopt(
+            ctx.as_ptr(),
+            SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            size_of::<u32>() as i32,
+        )
     };
     result == 0
 }

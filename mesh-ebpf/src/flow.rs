@@ -5,7 +5,8 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB,
     },
     helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie},
     macros::sock_ops,
@@ -56,11 +57,16 @@ fn workload_connects(ctx: &SockOpsContext) {
     };
     // A workload that gave itself a foreign address is not recorded: the source must be its own.
     // SAFETY: plain data.
-    let own = unsafe { ADDRESSES.get(&key.source) }.is_some_and(|owner| owner.cookie == fast.edge.cookie);
+    let own =
+        unsafe { ADDRESSES.get(&key.source) }.is_some_and(|owner| owner.cookie == fast.edge.cookie);
     if !own || key.destination != fast.edge.address {
         return;
     }
-    let flow = Flow { started_ns: now_ns(), source_cookie: fast.edge.cookie, destination_cookie: fast.peer_cookie };
+    let flow = Flow {
+        started_ns: now_ns(),
+        source_cookie: fast.edge.cookie,
+        destination_cookie: fast.peer_cookie,
+    };
     record(ctx, &key, &flow);
 }
 
@@ -74,9 +80,18 @@ fn agent_connects(ctx: &SockOpsContext) {
     }
     let key = tuple(ctx);
     // SAFETY: plain data.
-    let to_application = unsafe { ADDRESSES.get(&key.destination) }.is_some_and(|owner| owner.cookie == cookie);
+    let to_application =
+        unsafe { ADDRESSES.get(&key.destination) }.is_some_and(|owner| owner.cookie == cookie);
     if to_application {
-        record(ctx, &key, &Flow { started_ns: now_ns(), source_cookie: 0, destination_cookie: cookie });
+        record(
+            ctx,
+            &key,
+            &Flow {
+                started_ns: now_ns(),
+                source_cookie: 0,
+                destination_cookie: cookie,
+            },
+        );
     } else {
         let _ = FLOWS.remove(&key);
     }
@@ -163,15 +178,33 @@ fn tuple(ctx: &SockOpsContext) -> FlowKey {
         let local_ip6 = (&raw const (*ops).local_ip6).cast::<u32>();
         let remote_ip6 = (&raw const (*ops).remote_ip6).cast::<u32>();
         let word = |base: *const u32, i: usize| core::ptr::read_volatile(base.add(i));
-        let local6 = [word(local_ip6, 0), word(local_ip6, 1), word(local_ip6, 2), word(local_ip6, 3)];
-        let remote6 = [word(remote_ip6, 0), word(remote_ip6, 1), word(remote_ip6, 2), word(remote_ip6, 3)];
+        let local6 = [
+            word(local_ip6, 0),
+            word(local_ip6, 1),
+            word(local_ip6, 2),
+            word(local_ip6, 3),
+        ];
+        let remote6 = [
+            word(remote_ip6, 0),
+            word(remote_ip6, 1),
+            word(remote_ip6, 2),
+            word(remote_ip6, 3),
+        ];
         let source_port = core::ptr::read_volatile(&raw const (*ops).local_port);
         // Network byte order in the upper half on little-endian machines (net/core/filter.c, sock_ops conversion).
         let remote_port = core::ptr::read_volatile(&raw const (*ops).remote_port);
         let v4 = family == AF_INET;
         FlowKey {
-            source: if v4 { Address::v4(local_ip4) } else { Address { words: local6 } },
-            destination: if v4 { Address::v4(remote_ip4) } else { Address { words: remote6 } },
+            source: if v4 {
+                Address::v4(local_ip4)
+            } else {
+                Address { words: local6 }
+            },
+            destination: if v4 {
+                Address::v4(remote_ip4)
+            } else {
+                Address { words: remote6 }
+            },
             source_port,
             destination_port: u32::from_be(remote_port),
         }

@@ -51,7 +51,9 @@ impl Address {
     #[inline(always)]
     #[must_use]
     pub const fn v4(ip: u32) -> Self {
-        Self { words: [0, 0, V4_MAPPED_WORD, ip] }
+        Self {
+            words: [0, 0, V4_MAPPED_WORD, ip],
+        }
     }
 
     /// From sixteen bytes.
@@ -60,7 +62,12 @@ impl Address {
         let mut words = [0; 4];
         let mut i = 0;
         while i < 4 {
-            words[i] = u32::from_ne_bytes([octets[4 * i], octets[4 * i + 1], octets[4 * i + 2], octets[4 * i + 3]]);
+            words[i] = u32::from_ne_bytes([
+                octets[4 * i],
+                octets[4 * i + 1],
+                octets[4 * i + 2],
+                octets[4 * i + 3],
+            ]);
             i += 1;
         }
         Self { words }
@@ -323,7 +330,10 @@ mod tests {
         let octets = [0x20, 1, 0xd, 0xb8, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
         assert_eq!(Address::from_octets(octets).octets(), octets);
         let mapped = Address::v4(u32::from_ne_bytes([10, 1, 2, 3])).octets();
-        assert_eq!(mapped, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 1, 2, 3]);
+        assert_eq!(
+            mapped,
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 1, 2, 3]
+        );
     }
 
     #[test]
@@ -334,7 +344,13 @@ mod tests {
             octets[15] = last;
             Address::from_octets(octets)
         };
-        for yes in [v4(127, 0, 0, 1), v4(127, 9, 9, 9), v4(0, 0, 0, 0), v6(0), v6(1)] {
+        for yes in [
+            v4(127, 0, 0, 1),
+            v4(127, 9, 9, 9),
+            v4(0, 0, 0, 0),
+            v6(0),
+            v6(1),
+        ] {
             assert!(yes.is_loopback(), "{:?}", yes.octets());
         }
         for no in [v4(10, 0, 0, 1), v4(128, 0, 0, 1), v6(2)] {

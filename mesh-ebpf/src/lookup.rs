@@ -4,8 +4,8 @@
 use aya_ebpf::{bindings::sk_action, macros::sk_lookup, programs::SkLookupContext};
 use aya_log_ebpf::warn;
 use mesh_ebpf::{
-    Address, CLASS_OUTBOUND, CLASS_PLAINTEXT, CLASS_TUNNEL, FLAG_FAIL_CLOSED, FLOW_SYN_WINDOW_NS, FlowKey, ListenerKey,
-    Workload, counter,
+    Address, CLASS_OUTBOUND, CLASS_PLAINTEXT, CLASS_TUNNEL, FLAG_FAIL_CLOSED, FLOW_SYN_WINDOW_NS,
+    FlowKey, ListenerKey, Workload, counter,
 };
 
 use crate::maps::{ADDRESSES, FLOWS, LISTENERS, count, may_log, now_ns};
@@ -31,13 +31,17 @@ struct Packet {
 /// the interface of that address, although the packet crosses `lo`. Only the capture route and loopback give 1.
 #[sk_lookup]
 pub fn weft_lookup(ctx: SkLookupContext) -> u32 {
-    let Some(packet) = read(&ctx) else { return PASS };
+    let Some(packet) = read(&ctx) else {
+        return PASS;
+    };
     if packet.local.is_loopback() || packet.remote.is_loopback() || is_recorded(&packet) {
         return PASS;
     }
     let own_remote = owner(&packet.remote);
     if packet.ingress_ifindex == LOOPBACK_IFINDEX {
-        let Some(source) = own_remote else { return unknown(&ctx, &packet) };
+        let Some(source) = own_remote else {
+            return unknown(&ctx, &packet);
+        };
         return steer(&ctx, &source, CLASS_OUTBOUND);
     }
     let own_local = owner(&packet.local);
@@ -45,7 +49,15 @@ pub fn weft_lookup(ctx: SkLookupContext) -> u32 {
         (Some(local), Some(remote)) if local.cookie == remote.cookie => PASS,
         (Some(local), _) => {
             count(counter::INBOUND);
-            steer(&ctx, &local, if packet.local_port == TUNNEL_PORT { CLASS_TUNNEL } else { CLASS_PLAINTEXT })
+            steer(
+                &ctx,
+                &local,
+                if packet.local_port == TUNNEL_PORT {
+                    CLASS_TUNNEL
+                } else {
+                    CLASS_PLAINTEXT
+                },
+            )
         }
         (None, _) => unknown(&ctx, &packet),
     }
@@ -65,8 +77,18 @@ fn read(ctx: &SkLookupContext) -> Option<Packet> {
         let remote_ip6 = (&raw const (*lookup).remote_ip6).cast::<u32>();
         let local_ip6 = (&raw const (*lookup).local_ip6).cast::<u32>();
         let word = |base: *const u32, i: usize| core::ptr::read_volatile(base.add(i));
-        let remote6 = [word(remote_ip6, 0), word(remote_ip6, 1), word(remote_ip6, 2), word(remote_ip6, 3)];
-        let local6 = [word(local_ip6, 0), word(local_ip6, 1), word(local_ip6, 2), word(local_ip6, 3)];
+        let remote6 = [
+            word(remote_ip6, 0),
+            word(remote_ip6, 1),
+            word(remote_ip6, 2),
+            word(remote_ip6, 3),
+        ];
+        let local6 = [
+            word(local_ip6, 0),
+            word(local_ip6, 1),
+            word(local_ip6, 2),
+            word(local_ip6, 3),
+        ];
         let remote_port_be = core::ptr::read_volatile(&raw const (*lookup).remote_port);
         let local_port = core::ptr::read_volatile(&raw const (*lookup).local_port);
         let ingress_ifindex = core::ptr::read_volatile(&raw const (*lookup).ingress_ifindex);
@@ -75,9 +97,17 @@ fn read(ctx: &SkLookupContext) -> Option<Packet> {
         }
         let v4 = family == AF_INET;
         Some(Packet {
-            local: if v4 { Address::v4(local_ip4) } else { Address { words: local6 } },
+            local: if v4 {
+                Address::v4(local_ip4)
+            } else {
+                Address { words: local6 }
+            },
             local_port,
-            remote: if v4 { Address::v4(remote_ip4) } else { Address { words: remote6 } },
+            remote: if v4 {
+                Address::v4(remote_ip4)
+            } else {
+                Address { words: remote6 }
+            },
             remote_port: u32::from(u16::from_be(remote_port_be)),
             ingress_ifindex,
         })
@@ -101,14 +131,22 @@ fn is_recorded(packet: &Packet) -> bool {
         destination_port: packet.local_port,
     };
     // SAFETY: plain data.
-    let Some(flow) = (unsafe { FLOWS.get(&key) }) else { return false };
-    let Some(local) = owner(&packet.local) else { return false };
+    let Some(flow) = (unsafe { FLOWS.get(&key) }) else {
+        return false;
+    };
+    let Some(local) = owner(&packet.local) else {
+        return false;
+    };
     flow.destination_cookie == local.cookie && now_ns() - flow.started_ns < FLOW_SYN_WINDOW_NS
 }
 
 #[inline(always)]
 fn steer(ctx: &SkLookupContext, workload: &Workload, class: u32) -> u32 {
-    let key = ListenerKey { cookie: workload.cookie, class, padding: 0 };
+    let key = ListenerKey {
+        cookie: workload.cookie,
+        class,
+        padding: 0,
+    };
     if LISTENERS.redirect_sk_lookup(ctx, key, 0).is_ok() {
         return PASS;
     }
@@ -128,7 +166,11 @@ fn unknown(ctx: &SkLookupContext, packet: &Packet) -> u32 {
     }
     count(counter::UNKNOWN_ADDRESS);
     if may_log() {
-        warn!(ctx, "connection to or from an address that belongs to no workload, port {}: refused", packet.local_port);
+        warn!(
+            ctx,
+            "connection to or from an address that belongs to no workload, port {}: refused",
+            packet.local_port
+        );
     }
     DROP
 }

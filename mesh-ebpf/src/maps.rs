@@ -8,9 +8,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, LruPerCpuHashMap, PerCpuArray, SockHash},
 };
 use mesh_ebpf::{
-    ADDRESSES_MAX, Address, DEAD_MAX, Destination, EDGES_MAX, EdgeCounters, EdgeKey, FAST_SOCKETS_MAX, FLOWS_MAX,
-    FastSocket, Flow, FlowKey, Globals, LISTENERS_MAX, ListenerKey, VERDICTS_MAX, Verdict, WORKLOADS_MAX, Workload,
-    counter,
+    ADDRESSES_MAX, Address, DEAD_MAX, Destination, EDGES_MAX, EdgeCounters, EdgeKey,
+    FAST_SOCKETS_MAX, FLOWS_MAX, FastSocket, Flow, FlowKey, Globals, LISTENERS_MAX, ListenerKey,
+    VERDICTS_MAX, Verdict, WORKLOADS_MAX, Workload, counter,
 };
 
 /// Memory is taken per entry, not up front: most nodes use a small part.
@@ -61,7 +61,9 @@ pub fn count(index: u32) {
 /// Whether this CPU may write a log line now.
 #[inline(always)]
 pub fn may_log() -> bool {
-    let Some(last) = LAST_LOG.get_ptr_mut(0) else { return false };
+    let Some(last) = LAST_LOG.get_ptr_mut(0) else {
+        return false;
+    };
     let now = now_ns();
     // SAFETY: a per-CPU slot, bound checked by the verifier.
     unsafe {
@@ -76,7 +78,11 @@ pub fn may_log() -> bool {
 /// Whether an agent listens for this workload: entries of the listener map vanish with the listener.
 #[inline(always)]
 pub fn agent_listens(cookie: u64, class: u32) -> bool {
-    let key = ListenerKey { cookie, class, padding: 0 };
+    let key = ListenerKey {
+        cookie,
+        class,
+        padding: 0,
+    };
     let map = (&raw const LISTENERS).cast_mut().cast::<c_void>();
     // SAFETY: the map is a SOCKHASH; the helper returns a referenced socket or null, and the reference is given back.
     unsafe {

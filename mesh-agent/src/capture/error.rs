@@ -6,7 +6,9 @@ use std::{io, path::PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     /// The programs were refused.
-    #[error("cannot load eBPF program {program}: {reason} (is this Linux 6.1 or later with BTF, and does the agent hold CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON? `weft check` tells)")]
+    #[error(
+        "cannot load eBPF program {program}: {reason} (is this Linux 6.1 or later with BTF, and does the agent hold CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON? `weft check` tells)"
+    )]
     Load {
         /// Which program.
         program: String,
@@ -34,7 +36,9 @@ pub enum CaptureError {
         source: io::Error,
     },
     /// The folder is not on the file system it must be on.
-    #[error("{path} is not on a {expected} file system; mount it with `{hint}`, or name another folder with {option}")]
+    #[error(
+        "{path} is not on a {expected} file system; mount it with `{hint}`, or name another folder with {option}"
+    )]
     WrongFileSystem {
         /// Which folder.
         path: PathBuf,
@@ -62,10 +66,14 @@ pub enum CaptureError {
         source: io::Error,
     },
     /// The namespace has no address to capture.
-    #[error("network namespace {0} has no global address yet; enrol the workload after its network was set up")]
+    #[error(
+        "network namespace {0} has no global address yet; enrol the workload after its network was set up"
+    )]
     NoAddress(PathBuf),
     /// An address is already captured for another workload.
-    #[error("address {address} of {path} belongs to an enrolled workload already; overlapping addresses on one node are not supported")]
+    #[error(
+        "address {address} of {path} belongs to an enrolled workload already; overlapping addresses on one node are not supported"
+    )]
     AddressTaken {
         /// Which address.
         address: std::net::IpAddr,
@@ -76,7 +84,9 @@ pub enum CaptureError {
     #[error("{0} is the agent's own network namespace, which cannot be enrolled")]
     OwnNamespace(PathBuf),
     /// Another process has one of the agent's ports.
-    #[error("port {port} in network namespace {path}: {source} (another program of the workload uses it?)")]
+    #[error(
+        "port {port} in network namespace {path}: {source} (another program of the workload uses it?)"
+    )]
     Listen {
         /// Which port.
         port: u16,
@@ -112,12 +122,22 @@ pub enum CaptureError {
 }
 
 impl CaptureError {
-    pub(crate) fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn file(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::File { action, path, source }
+        move |source| Self::File {
+            action,
+            path,
+            source,
+        }
     }
 
     pub(crate) fn map(map: &'static str, error: impl std::fmt::Display) -> Self {
-        Self::Map { map, reason: error.to_string() }
+        Self::Map {
+            map,
+            reason: error.to_string(),
+        }
     }
 }

@@ -43,11 +43,18 @@ impl Capture {
                 source: self.by_cookie(NetnsCookie(flow.source_cookie))?,
                 destination: self.by_cookie(NetnsCookie(flow.destination_cookie))?,
                 source_address: SocketAddr::new(kernel::ip(&key.source), port(key.source_port)),
-                destination_address: SocketAddr::new(kernel::ip(&key.destination), port(key.destination_port)),
+                destination_address: SocketAddr::new(
+                    kernel::ip(&key.destination),
+                    port(key.destination_port),
+                ),
                 key,
             })
         };
-        self.kernel().same_node_flows().into_iter().filter_map(flow).collect()
+        self.kernel()
+            .same_node_flows()
+            .into_iter()
+            .filter_map(flow)
+            .collect()
     }
 
     /// Ends a flow with RST at both ends.
@@ -55,8 +62,16 @@ impl Capture {
     /// # Errors
     /// Those of [`diag::destroy_tcp`].
     pub fn end_flow(&self, flow: &SameNodeFlow) -> std::io::Result<()> {
-        diag::destroy_tcp(&flow.source.local.netns, flow.source_address, flow.destination_address)?;
-        diag::destroy_tcp(&flow.destination.local.netns, flow.destination_address, flow.source_address)?;
+        diag::destroy_tcp(
+            &flow.source.local.netns,
+            flow.source_address,
+            flow.destination_address,
+        )?;
+        diag::destroy_tcp(
+            &flow.destination.local.netns,
+            flow.destination_address,
+            flow.source_address,
+        )?;
         self.kernel().forget_flow(&flow.key);
         Ok(())
     }
@@ -67,7 +82,12 @@ impl Capture {
         let edge = |(key, counters): (EdgeKey, EdgeCounters)| {
             let source = self.by_cookie(NetnsCookie(key.cookie))?;
             let destination = SocketAddr::new(kernel::ip(&key.address), port(key.port));
-            Some(SameNodeEdge { source, destination, counters, key })
+            Some(SameNodeEdge {
+                source,
+                destination,
+                counters,
+                key,
+            })
         };
         self.kernel().edges().into_iter().filter_map(edge).collect()
     }

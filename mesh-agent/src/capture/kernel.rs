@@ -21,7 +21,10 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, SockHash},
     programs::{CgroupSockAddr, SkLookup, SockOps},
 };
-use mesh_ebpf::{ABI_VERSION, Address, Destination, EdgeCounters, EdgeKey, Flow, FlowKey, Globals, ListenerKey, Verdict, Workload};
+use mesh_ebpf::{
+    ABI_VERSION, Address, Destination, EdgeCounters, EdgeKey, Flow, FlowKey, Globals, ListenerKey,
+    Verdict, Workload,
+};
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsType, statfs};
 
 use super::{Listeners, error::CaptureError};
@@ -87,7 +90,9 @@ pub struct Kernel {
 
 impl std::fmt::Debug for Kernel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Kernel").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("Kernel")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -107,10 +112,26 @@ impl Kernel {
     /// # Errors
     /// Says which program, file or file system is at fault.
     pub fn start(config: KernelConfig) -> Result<(Self, Found), CaptureError> {
-        check_file_system(&config.bpffs_root, BPF_FS_MAGIC, "bpf", "mount -t bpf bpf /sys/fs/bpf", "--bpffs-root")?;
-        check_file_system(&config.cgroup_root, CGROUP2_SUPER_MAGIC, "cgroup2", "mount -t cgroup2 none /sys/fs/cgroup", "--cgroup-root")?;
+        check_file_system(
+            &config.bpffs_root,
+            BPF_FS_MAGIC,
+            "bpf",
+            "mount -t bpf bpf /sys/fs/bpf",
+            "--bpffs-root",
+        )?;
+        check_file_system(
+            &config.cgroup_root,
+            CGROUP2_SUPER_MAGIC,
+            "cgroup2",
+            "mount -t cgroup2 none /sys/fs/cgroup",
+            "--cgroup-root",
+        )?;
         let pin_dir = config.pin_dir();
-        let found = if pin_dir.is_dir() { Found::Previous } else { Found::Nothing };
+        let found = if pin_dir.is_dir() {
+            Found::Previous
+        } else {
+            Found::Nothing
+        };
         let started = Self::load_and_attach(config.clone());
         if started.is_err() && found == Found::Nothing {
             remove_node_pins(&config);
@@ -127,7 +148,10 @@ impl Kernel {
             .default_map_pin_directory(&pin_dir)
             .override_global("AGENT_CGROUP", &agent_cgroup, true)
             .load(OBJECT)
-            .map_err(|error| CaptureError::Load { program: "all".into(), reason: chain(&error) })?;
+            .map_err(|error| CaptureError::Load {
+                program: "all".into(),
+                reason: chain(&error),
+            })?;
         for name in ["weft_connect4", "weft_connect6"] {
             load::<CgroupSockAddr>(&mut programs, name, CgroupSockAddr::load)?;
         }
@@ -146,13 +170,33 @@ impl Kernel {
             counters: take(&mut programs, "COUNTERS")?,
         };
         let verdicts = take(&mut programs, "VERDICTS")?;
-        let kernel = Self { config, programs, maps: Mutex::new(maps), verdicts: Mutex::new(verdicts) };
+        let kernel = Self {
+            config,
+            programs,
+            maps: Mutex::new(maps),
+            verdicts: Mutex::new(verdicts),
+        };
         let cgroup_root = open_dir(&kernel.config.cgroup_root)?;
         let agent_dir = open_dir(&kernel.config.agent_cgroup())?;
         // The agent's own sockets first: were it captured before it is known, it would loop.
-        kernel.attach("weft_agent_flow", "agent-flow", agent_dir.as_fd(), AttachType::SockOps)?;
-        kernel.attach("weft_connect4", "connect4", cgroup_root.as_fd(), AttachType::Connect4)?;
-        kernel.attach("weft_connect6", "connect6", cgroup_root.as_fd(), AttachType::Connect6)?;
+        kernel.attach(
+            "weft_agent_flow",
+            "agent-flow",
+            agent_dir.as_fd(),
+            AttachType::SockOps,
+        )?;
+        kernel.attach(
+            "weft_connect4",
+            "connect4",
+            cgroup_root.as_fd(),
+            AttachType::Connect4,
+        )?;
+        kernel.attach(
+            "weft_connect6",
+            "connect6",
+            cgroup_root.as_fd(),
+            AttachType::Connect6,
+        )?;
         Ok(kernel)
     }
 
@@ -168,9 +212,19 @@ impl Kernel {
     }
 
     /// Puts a program at its place: into the pinned link if there is one that still holds, else by a new link.
-    fn attach(&self, program: &'static str, pin: &str, target: BorrowedFd<'_>, kind: AttachType) -> Result<(), CaptureError> {
+    fn attach(
+        &self,
+        program: &'static str,
+        pin: &str,
+        target: BorrowedFd<'_>,
+        kind: AttachType,
+    ) -> Result<(), CaptureError> {
         let path = self.config.pin_dir().join(format!("link-{pin}"));
-        let failed = |source| CaptureError::Attach { program, target: pin.to_owned(), source };
+        let failed = |source| CaptureError::Attach {
+            program,
+            target: pin.to_owned(),
+            source,
+        };
         let fd = self.program_fd(program)?;
         if let Ok(link) = bpf::open_pin(&path) {
             match bpf::link_update(link.as_fd(), fd) {
@@ -194,9 +248,18 @@ impl Kernel {
     }
 
     fn program_fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, CaptureError> {
-        let missing = || CaptureError::Load { program: name.to_owned(), reason: "not in the object".to_owned() };
+        let missing = || CaptureError::Load {
+            program: name.to_owned(),
+            reason: "not in the object".to_owned(),
+        };
         let program = self.programs.program(name).ok_or_else(missing)?;
-        program.fd().map(|fd| fd.as_fd()).map_err(|error| CaptureError::Load { program: name.to_owned(), reason: chain(&error) })
+        program
+            .fd()
+            .map(|fd| fd.as_fd())
+            .map_err(|error| CaptureError::Load {
+                program: name.to_owned(),
+                reason: chain(&error),
+            })
     }
 
     /// Runs the inbound program on a hand-made `struct bpf_sk_lookup`, for tests.
@@ -210,13 +273,27 @@ impl Kernel {
 
     /// Captures inbound connections of a namespace.
     pub(super) fn attach_lookup(&self, netns: &Netns) -> Result<(), CaptureError> {
-        self.attach("weft_lookup", &format!("lookup-{:x}", netns.cookie().0), netns.as_fd(), AttachType::SkLookup)
+        self.attach(
+            "weft_lookup",
+            &format!("lookup-{:x}", netns.cookie().0),
+            netns.as_fd(),
+            AttachType::SkLookup,
+        )
     }
 
     /// Counts flows of a workload's cgroup, and lets them go the same-node way.
-    pub(super) fn attach_flow(&self, cookie: NetnsCookie, cgroup: &Path) -> Result<(), CaptureError> {
+    pub(super) fn attach_flow(
+        &self,
+        cookie: NetnsCookie,
+        cgroup: &Path,
+    ) -> Result<(), CaptureError> {
         let dir = open_dir(cgroup)?;
-        self.attach("weft_flow", &format!("flow-{:x}", cookie.0), dir.as_fd(), AttachType::SockOps)
+        self.attach(
+            "weft_flow",
+            &format!("flow-{:x}", cookie.0),
+            dir.as_fd(),
+            AttachType::SockOps,
+        )
     }
 
     /// Removes the links of a workload.
@@ -226,7 +303,11 @@ impl Kernel {
     }
 
     /// Puts the listeners where the programs find them.
-    pub(super) fn set_listeners(&self, cookie: NetnsCookie, listeners: &Listeners) -> Result<(), CaptureError> {
+    pub(super) fn set_listeners(
+        &self,
+        cookie: NetnsCookie,
+        listeners: &Listeners,
+    ) -> Result<(), CaptureError> {
         let mut maps = self.lock();
         let classes = [
             (mesh_ebpf::CLASS_OUTBOUND, &listeners.outbound),
@@ -234,50 +315,91 @@ impl Kernel {
             (mesh_ebpf::CLASS_TUNNEL, &listeners.tunnel),
         ];
         for (class, listener) in classes {
-            let key = ListenerKey { cookie: cookie.0, class, padding: 0 };
-            maps.listeners.insert(key, listener.as_raw_fd(), 0).map_err(|error| CaptureError::map("LISTENERS", error))?;
+            let key = ListenerKey {
+                cookie: cookie.0,
+                class,
+                padding: 0,
+            };
+            maps.listeners
+                .insert(key, listener.as_raw_fd(), 0)
+                .map_err(|error| CaptureError::map("LISTENERS", error))?;
         }
         Ok(())
     }
 
     /// Makes the programs know the workload's addresses (inbound).
-    pub(super) fn set_addresses(&self, workload: Workload, addresses: &[IpAddr]) -> Result<(), CaptureError> {
+    ///
+    /// # Errors
+    /// When the map is full.
+    pub fn set_addresses(
+        &self,
+        workload: Workload,
+        addresses: &[IpAddr],
+    ) -> Result<(), CaptureError> {
         let mut maps = self.lock();
         for ip in addresses {
             let key = address(*ip);
-            maps.addresses.insert(key, workload, 0).map_err(|error| CaptureError::map("ADDRESSES", error))?;
+            maps.addresses
+                .insert(key, workload, 0)
+                .map_err(|error| CaptureError::map("ADDRESSES", error))?;
         }
         Ok(())
     }
 
     /// Makes the connect hooks capture the workload (outbound).
     pub(super) fn set_workload(&self, workload: Workload) -> Result<(), CaptureError> {
-        self.lock().workloads.insert(workload.cookie, workload, 0).map_err(|error| CaptureError::map("WORKLOADS", error))
+        self.lock()
+            .workloads
+            .insert(workload.cookie, workload, 0)
+            .map_err(|error| CaptureError::map("WORKLOADS", error))
     }
 
     /// Forgets everything of a namespace but its links.
     pub(super) fn forget(&self, cookie: NetnsCookie) {
         let mut maps = self.lock();
         report("WORKLOADS", maps.workloads.remove(&cookie.0));
-        let addresses: Vec<Address> =
-            maps.addresses.iter().flatten().filter(|(_, w)| w.cookie == cookie.0).map(|(a, _)| a).collect();
+        let addresses: Vec<Address> = maps
+            .addresses
+            .iter()
+            .flatten()
+            .filter(|(_, w)| w.cookie == cookie.0)
+            .map(|(a, _)| a)
+            .collect();
         for key in addresses {
             report("ADDRESSES", maps.addresses.remove(&key));
         }
-        for class in [mesh_ebpf::CLASS_OUTBOUND, mesh_ebpf::CLASS_PLAINTEXT, mesh_ebpf::CLASS_TUNNEL] {
-            report("LISTENERS", maps.listeners.remove(&ListenerKey { cookie: cookie.0, class, padding: 0 }));
+        for class in [
+            mesh_ebpf::CLASS_OUTBOUND,
+            mesh_ebpf::CLASS_PLAINTEXT,
+            mesh_ebpf::CLASS_TUNNEL,
+        ] {
+            report(
+                "LISTENERS",
+                maps.listeners.remove(&ListenerKey {
+                    cookie: cookie.0,
+                    class,
+                    padding: 0,
+                }),
+            );
         }
         let flows: Vec<FlowKey> = maps
             .flows
             .iter()
             .flatten()
-            .filter(|(_, flow)| flow.source_cookie == cookie.0 || flow.destination_cookie == cookie.0)
+            .filter(|(_, flow)| {
+                flow.source_cookie == cookie.0 || flow.destination_cookie == cookie.0
+            })
             .map(|(key, _)| key)
             .collect();
         for key in flows {
             report("FLOWS", maps.flows.remove(&key));
         }
-        let edges: Vec<EdgeKey> = maps.edges.keys().flatten().filter(|key| key.cookie == cookie.0).collect();
+        let edges: Vec<EdgeKey> = maps
+            .edges
+            .keys()
+            .flatten()
+            .filter(|key| key.cookie == cookie.0)
+            .collect();
         for key in edges {
             report("EDGES", maps.edges.remove(&key));
         }
@@ -285,12 +407,21 @@ impl Kernel {
 
     /// Namespace that an address belongs to.
     pub(super) fn owner(&self, ip: IpAddr) -> Option<u64> {
-        self.lock().addresses.get(&address(ip), 0).ok().map(|workload| workload.cookie)
+        self.lock()
+            .addresses
+            .get(&address(ip), 0)
+            .ok()
+            .map(|workload| workload.cookie)
     }
 
     /// Namespaces that the programs know, whoever enrolled them.
     pub(super) fn known_workloads(&self) -> Vec<NetnsCookie> {
-        self.lock().workloads.keys().flatten().map(NetnsCookie).collect()
+        self.lock()
+            .workloads
+            .keys()
+            .flatten()
+            .map(NetnsCookie)
+            .collect()
     }
 
     /// Whether the programs know the workload as it should be, for the status.
@@ -300,14 +431,20 @@ impl Kernel {
 
     /// Voids all verdicts of other generations.
     pub(super) fn set_generation(&self, generation: u64) -> Result<(), CaptureError> {
-        self.lock().globals.set(0, Globals { generation }, 0).map_err(|error| CaptureError::map("GLOBALS", error))
+        self.lock()
+            .globals
+            .set(0, Globals { generation }, 0)
+            .map_err(|error| CaptureError::map("GLOBALS", error))
     }
 
     /// Replaces the set of service addresses that `connect(2)` refuses. More than the map holds are left to the proxy.
     pub(super) fn set_dead(&self, destinations: &[SocketAddr]) {
         let wanted: HashSet<Destination> = destinations
             .iter()
-            .map(|d| Destination { address: address(d.ip()), port: u32::from(d.port()) })
+            .map(|d| Destination {
+                address: address(d.ip()),
+                port: u32::from(d.port()),
+            })
             .collect();
         let mut maps = self.lock();
         let present: Vec<Destination> = maps.dead.keys().flatten().collect();
@@ -326,7 +463,12 @@ impl Kernel {
 
     /// Same-node flows that live now.
     pub(super) fn same_node_flows(&self) -> Vec<(FlowKey, Flow)> {
-        self.lock().flows.iter().flatten().filter(|(_, flow)| flow.source_cookie != 0).collect()
+        self.lock()
+            .flows
+            .iter()
+            .flatten()
+            .filter(|(_, flow)| flow.source_cookie != 0)
+            .collect()
     }
 
     /// Forgets a flow that was destroyed.
@@ -338,18 +480,24 @@ impl Kernel {
     pub(super) fn edges(&self) -> Vec<(EdgeKey, EdgeCounters)> {
         let maps = self.lock();
         let sum = |values: &aya::maps::PerCpuValues<EdgeCounters>| {
-            values.iter().fold(EdgeCounters::default(), |mut total, one| {
-                total.opened += one.opened;
-                total.closed += one.closed;
-                total.failed += one.failed;
-                total.sent_bytes += one.sent_bytes;
-                total.received_bytes += one.received_bytes;
-                total.retransmits += one.retransmits;
-                total.rtt_us = total.rtt_us.max(one.rtt_us);
-                total
-            })
+            values
+                .iter()
+                .fold(EdgeCounters::default(), |mut total, one| {
+                    total.opened += one.opened;
+                    total.closed += one.closed;
+                    total.failed += one.failed;
+                    total.sent_bytes += one.sent_bytes;
+                    total.received_bytes += one.received_bytes;
+                    total.retransmits += one.retransmits;
+                    total.rtt_us = total.rtt_us.max(one.rtt_us);
+                    total
+                })
         };
-        maps.edges.iter().flatten().map(|(key, values)| (key, sum(&values))).collect()
+        maps.edges
+            .iter()
+            .flatten()
+            .map(|(key, values)| (key, sum(&values)))
+            .collect()
     }
 
     /// Sums of the event counters (`mesh_ebpf::counter`).
@@ -357,13 +505,18 @@ impl Kernel {
     pub fn counters(&self) -> [u64; mesh_ebpf::counter::COUNT as usize] {
         let maps = self.lock();
         std::array::from_fn(|index| {
-            let values = maps.counters.get(&u32::try_from(index).unwrap_or(u32::MAX), 0);
+            let values = maps
+                .counters
+                .get(&u32::try_from(index).unwrap_or(u32::MAX), 0);
             values.map_or(0, |values| values.iter().sum())
         })
     }
 
     pub(super) fn set_verdict(&self, key: EdgeKey, verdict: Verdict) -> Result<(), MapError> {
-        self.verdicts.lock().unwrap_or_else(PoisonError::into_inner).insert(key, verdict, 0)
+        self.verdicts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(key, verdict, 0)
     }
 
     fn lock(&self) -> MutexGuard<'_, Maps> {
@@ -401,7 +554,8 @@ pub fn remove_agent_cgroup(config: &KernelConfig) {
         return;
     }
     let own = std::process::id().to_string();
-    let inside = fs::read_to_string(dir.join("cgroup.procs")).is_ok_and(|procs| procs.lines().any(|pid| pid == own));
+    let inside = fs::read_to_string(dir.join("cgroup.procs"))
+        .is_ok_and(|procs| procs.lines().any(|pid| pid == own));
     if inside && let Err(error) = fs::write(config.cgroup_root.join("cgroup.procs"), &own) {
         tracing::warn!(%error, "cannot leave the agent's cgroup");
     }
@@ -415,8 +569,11 @@ fn enter_agent_cgroup(config: &KernelConfig) -> Result<u64, CaptureError> {
     let dir = config.agent_cgroup();
     fs::create_dir_all(&dir).map_err(CaptureError::file("create", &dir))?;
     let procs = dir.join("cgroup.procs");
-    fs::write(&procs, std::process::id().to_string()).map_err(CaptureError::file("enter the cgroup by", &procs))?;
-    fs::metadata(&dir).map(|metadata| metadata.ino()).map_err(CaptureError::file("look at", &dir))
+    fs::write(&procs, std::process::id().to_string())
+        .map_err(CaptureError::file("enter the cgroup by", &procs))?;
+    fs::metadata(&dir)
+        .map(|metadata| metadata.ino())
+        .map_err(CaptureError::file("look at", &dir))
 }
 
 fn check_file_system(
@@ -430,11 +587,18 @@ fn check_file_system(
     if found.filesystem_type() == magic {
         return Ok(());
     }
-    Err(CaptureError::WrongFileSystem { path: path.to_owned(), expected, hint, option })
+    Err(CaptureError::WrongFileSystem {
+        path: path.to_owned(),
+        expected,
+        hint,
+        option,
+    })
 }
 
 fn open_dir(path: &Path) -> Result<OwnedFd, CaptureError> {
-    fs::File::open(path).map(OwnedFd::from).map_err(CaptureError::file("open", path))
+    fs::File::open(path)
+        .map(OwnedFd::from)
+        .map_err(CaptureError::file("open", path))
 }
 
 fn load<'a, P>(
@@ -446,8 +610,13 @@ where
     &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = aya::programs::ProgramError>,
     P: 'a,
 {
-    let failed = |reason: String| CaptureError::Load { program: name.to_owned(), reason };
-    let program = programs.program_mut(name).ok_or_else(|| failed("not in the object".to_owned()))?;
+    let failed = |reason: String| CaptureError::Load {
+        program: name.to_owned(),
+        reason,
+    };
+    let program = programs
+        .program_mut(name)
+        .ok_or_else(|| failed("not in the object".to_owned()))?;
     let program: &mut P = program.try_into().map_err(|error| failed(chain(&error)))?;
     load(program).map_err(|error| failed(chain(&error)))
 }
@@ -457,7 +626,9 @@ where
     M: TryFrom<Map>,
     M::Error: std::fmt::Display,
 {
-    let map = programs.take_map(name).ok_or_else(|| CaptureError::map(name, "not in the object"))?;
+    let map = programs
+        .take_map(name)
+        .ok_or_else(|| CaptureError::map(name, "not in the object"))?;
     M::try_from(map).map_err(|error| CaptureError::map(name, error))
 }
 
@@ -465,7 +636,8 @@ where
 fn report(map: &'static str, result: Result<(), MapError>) {
     match result {
         Ok(()) | Err(MapError::KeyNotFound | MapError::ElementNotFound) => {}
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {}
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) => {}
         Err(error) => tracing::warn!(map, %error, "cannot remove an entry"),
     }
 }

@@ -63,7 +63,11 @@ impl Capture {
     pub fn new(kernel: Kernel) -> Self {
         // Greater than any sum that an earlier agent of this boot can have used.
         let generation_base = sys::monotonic_ns();
-        Self { kernel: Arc::new(kernel), generation_base, enrolled: Mutex::default() }
+        Self {
+            kernel: Arc::new(kernel),
+            generation_base,
+            enrolled: Mutex::default(),
+        }
     }
 
     /// Loads, adopts and attaches.
@@ -93,20 +97,27 @@ impl Capture {
     #[must_use]
     pub fn enrolled(&self) -> Vec<Enrolled> {
         let mut all: Vec<Enrolled> = self.lock().values().cloned().collect();
-        all.sort_by(|a, b| (&a.local.namespace, &a.local.name).cmp(&(&b.local.namespace, &b.local.name)));
+        all.sort_by(|a, b| {
+            (&a.local.namespace, &a.local.name).cmp(&(&b.local.namespace, &b.local.name))
+        });
         all
     }
 
     /// The workload of that name.
     #[must_use]
     pub fn find(&self, namespace: &str, name: &str) -> Option<Enrolled> {
-        self.lock().get(&(namespace.to_owned(), name.to_owned())).cloned()
+        self.lock()
+            .get(&(namespace.to_owned(), name.to_owned()))
+            .cloned()
     }
 
     /// Who owns a namespace.
     #[must_use]
     pub fn by_cookie(&self, cookie: NetnsCookie) -> Option<Enrolled> {
-        self.lock().values().find(|e| e.local.cookie() == cookie).cloned()
+        self.lock()
+            .values()
+            .find(|e| e.local.cookie() == cookie)
+            .cloned()
     }
 
     /// Captures a workload. `former` is its record of an earlier agent, if there is one. The steps are ordered so that
@@ -121,7 +132,10 @@ impl Capture {
         former: Option<&Record>,
     ) -> Result<(Enrolled, Listeners), CaptureError> {
         let path = PathBuf::from(&enrolment.netns);
-        let netns = Netns::open(&path).map_err(|source| CaptureError::Netns { path: path.clone(), source })?;
+        let netns = Netns::open(&path).map_err(|source| CaptureError::Netns {
+            path: path.clone(),
+            source,
+        })?;
         let addresses = self.check(enrolment, &netns)?;
         let former = former.filter(|record| record.cookie == netns.cookie().0);
         let listeners = dial::listen(&netns)?;
@@ -145,11 +159,17 @@ impl Capture {
             connections: std::sync::atomic::AtomicU64::new(0),
         });
         let enrolled = Enrolled { local, record };
-        if let Err(error) = sysctl.map(|_| ()).and_then(|()| self.capture(&enrolled, &listeners, settings)) {
+        if let Err(error) = sysctl
+            .map(|_| ())
+            .and_then(|()| self.capture(&enrolled, &listeners, settings))
+        {
             self.undo(&enrolled).await;
             return Err(error);
         }
-        self.lock().insert((enrolment.namespace.clone(), enrolment.name.clone()), enrolled.clone());
+        self.lock().insert(
+            (enrolment.namespace.clone(), enrolment.name.clone()),
+            enrolled.clone(),
+        );
         Ok((enrolled, listeners))
     }
 
@@ -170,12 +190,17 @@ impl Capture {
     ///
     /// # Errors
     /// When the kernel refuses the entry.
-    pub fn apply_settings(&self, enrolled: &Enrolled, settings: CaptureSettings) -> Result<(), CaptureError> {
+    pub fn apply_settings(
+        &self,
+        enrolled: &Enrolled,
+        settings: CaptureSettings,
+    ) -> Result<(), CaptureError> {
         let value = kernel_workload(enrolled, settings);
         if self.kernel.workload(enrolled.local.cookie()) == Some(value) {
             return Ok(());
         }
-        self.kernel.set_addresses(value, &enrolled.local.addresses)?;
+        self.kernel
+            .set_addresses(value, &enrolled.local.addresses)?;
         self.kernel.set_workload(value)
     }
 
@@ -184,7 +209,8 @@ impl Capture {
     /// # Errors
     /// When the kernel refuses the generation.
     pub fn mesh_changed(&self, generation: u64, dead: &[SocketAddr]) -> Result<(), CaptureError> {
-        self.kernel.set_generation(self.generation_base + generation)?;
+        self.kernel
+            .set_generation(self.generation_base + generation)?;
         self.kernel.set_dead(dead);
         Ok(())
     }
@@ -194,7 +220,10 @@ impl Capture {
         let enrolled: Vec<NetnsCookie> = self.lock().values().map(|e| e.local.cookie()).collect();
         for cookie in self.kernel.known_workloads() {
             if !enrolled.contains(&cookie) {
-                tracing::info!(cookie = cookie.0, "forgetting a namespace of an earlier agent");
+                tracing::info!(
+                    cookie = cookie.0,
+                    "forgetting a namespace of an earlier agent"
+                );
                 self.kernel.detach_workload(cookie);
                 self.kernel.forget(cookie);
             }
@@ -202,8 +231,11 @@ impl Capture {
     }
 
     fn check(&self, enrolment: &Enrolment, netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {
-        let own = Netns::open(Path::new("/proc/self/ns/net"))
-            .map_err(|source| CaptureError::Netns { path: "/proc/self/ns/net".into(), source })?;
+        let own =
+            Netns::open(Path::new("/proc/self/ns/net")).map_err(|source| CaptureError::Netns {
+                path: "/proc/self/ns/net".into(),
+                source,
+            })?;
         if own.cookie() == netns.cookie() {
             return Err(CaptureError::OwnNamespace(netns.path().to_owned()));
         }
@@ -213,28 +245,48 @@ impl Capture {
         }
         let all = self.lock();
         if all.contains_key(&(enrolment.namespace.clone(), enrolment.name.clone())) {
-            return Err(CaptureError::AlreadyEnrolled(format!("workload {}/{}", enrolment.namespace, enrolment.name)));
+            return Err(CaptureError::AlreadyEnrolled(format!(
+                "workload {}/{}",
+                enrolment.namespace, enrolment.name
+            )));
         }
         for other in all.values() {
             if other.local.cookie() == netns.cookie() {
-                let name = format!("{} (as {}/{})", netns.path().display(), other.local.namespace, other.local.name);
+                let name = format!(
+                    "{} (as {}/{})",
+                    netns.path().display(),
+                    other.local.namespace,
+                    other.local.name
+                );
                 return Err(CaptureError::AlreadyEnrolled(name));
             }
             if let Some(address) = addresses.iter().find(|a| other.local.owns(**a)) {
-                return Err(CaptureError::AddressTaken { address: *address, path: netns.path().to_owned() });
+                return Err(CaptureError::AddressTaken {
+                    address: *address,
+                    path: netns.path().to_owned(),
+                });
             }
         }
         if all.len() >= mesh_ebpf::WORKLOADS_MAX as usize {
-            return Err(CaptureError::Limit { name: "workloads per node", limit: mesh_ebpf::WORKLOADS_MAX });
+            return Err(CaptureError::Limit {
+                name: "workloads per node",
+                limit: mesh_ebpf::WORKLOADS_MAX,
+            });
         }
         Ok(addresses)
     }
 
-    fn capture(&self, enrolled: &Enrolled, listeners: &Listeners, settings: CaptureSettings) -> Result<(), CaptureError> {
+    fn capture(
+        &self,
+        enrolled: &Enrolled,
+        listeners: &Listeners,
+        settings: CaptureSettings,
+    ) -> Result<(), CaptureError> {
         let cookie = enrolled.local.cookie();
         let value = kernel_workload(enrolled, settings);
         self.kernel.set_listeners(cookie, listeners)?;
-        self.kernel.set_addresses(value, &enrolled.local.addresses)?;
+        self.kernel
+            .set_addresses(value, &enrolled.local.addresses)?;
         if let Some(cgroup) = &enrolled.record.enrolment.cgroup {
             self.kernel.attach_flow(cookie, Path::new(cgroup))?;
         }
@@ -246,8 +298,14 @@ impl Capture {
         let cookie = enrolled.local.cookie();
         self.kernel.forget(cookie);
         self.kernel.detach_workload(cookie);
-        let Record { addresses, former_fwmark_accept, .. } = &enrolled.record;
-        if let Err(error) = steering::remove(&enrolled.local.netns, addresses, former_fwmark_accept).await {
+        let Record {
+            addresses,
+            former_fwmark_accept,
+            ..
+        } = &enrolled.record;
+        if let Err(error) =
+            steering::remove(&enrolled.local.netns, addresses, former_fwmark_accept).await
+        {
             tracing::warn!(workload = %enrolled.record.enrolment.name, %error, "something of the enrolment stays behind");
         }
     }
@@ -262,7 +320,9 @@ impl Capture {
 /// # Errors
 /// When the rule or the routes cannot be removed.
 pub async fn undo_record(record: &Record) -> Result<(), CaptureError> {
-    let Ok(netns) = Netns::open(Path::new(&record.enrolment.netns)) else { return Ok(()) };
+    let Ok(netns) = Netns::open(Path::new(&record.enrolment.netns)) else {
+        return Ok(());
+    };
     if netns.cookie().0 != record.cookie {
         return Ok(());
     }
@@ -277,5 +337,9 @@ fn kernel_workload(enrolled: &Enrolled, settings: CaptureSettings) -> mesh_ebpf:
     if settings.same_node == SameNode::Kernel && enrolled.record.enrolment.cgroup.is_some() {
         flags |= FLAG_SAME_NODE;
     }
-    mesh_ebpf::Workload { cookie: enrolled.local.cookie().0, flags, padding: 0 }
+    mesh_ebpf::Workload {
+        cookie: enrolled.local.cookie().0,
+        flags,
+        padding: 0,
+    }
 }

@@ -11,7 +11,10 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 
-use crate::{discovery::model::Workload, sys::netns::{Netns, NetnsCookie}};
+use crate::{
+    discovery::model::Workload,
+    sys::netns::{Netns, NetnsCookie},
+};
 
 mod dial;
 mod error;

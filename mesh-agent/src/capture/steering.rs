@@ -11,9 +11,9 @@ use mesh_ebpf::CAPTURE_MARK;
 use rtnetlink::{
     Handle, RouteMessageBuilder,
     packet_route::{
+        AddressFamily,
         route::{RouteMessage, RouteProtocol, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
-        AddressFamily,
     },
 };
 
@@ -33,14 +33,19 @@ const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
 
 /// Addresses of a namespace by family, loopback and link-local ones left out.
 pub fn addresses(netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {
-    let failed = |source| CaptureError::Netns { path: netns.path().to_owned(), source };
+    let failed = |source| CaptureError::Netns {
+        path: netns.path().to_owned(),
+        source,
+    };
     let interfaces = netns
         .run(|| nix::ifaddrs::getifaddrs().map(Iterator::collect::<Vec<_>>))
         .map_err(failed)?
         .map_err(|errno| failed(errno.into()))?;
     let mut found = Vec::new();
     for interface in interfaces {
-        let Some(address) = interface.address else { continue };
+        let Some(address) = interface.address else {
+            continue;
+        };
         let ip = if let Some(v4) = address.as_sockaddr_in() {
             IpAddr::V4(v4.ip())
         } else if let Some(v6) = address.as_sockaddr_in6() {
@@ -50,7 +55,9 @@ pub fn addresses(netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {
         };
         let usable = match ip {
             IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_unspecified() && !v4.is_link_local(),
-            IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unspecified() && !v6.is_unicast_link_local(),
+            IpAddr::V6(v6) => {
+                !v6.is_loopback() && !v6.is_unspecified() && !v6.is_unicast_link_local()
+            }
         };
         if usable && !found.contains(&ip) {
             found.push(ip);
@@ -71,7 +78,9 @@ pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<String, Capt
             .priority(RULE_PRIORITY)
             .action(RuleAction::ToTable);
         rule.message_mut().header.family = family;
-        rule.message_mut().attributes.push(RuleAttribute::FwMask(CAPTURE_MARK));
+        rule.message_mut()
+            .attributes
+            .push(RuleAttribute::FwMask(CAPTURE_MARK));
         let result = match family {
             AddressFamily::Inet => rule.v4().execute().await,
             _ => rule.v6().execute().await,
@@ -89,30 +98,44 @@ pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<String, Capt
     }
     let former = netns
         .run(|| read_sysctl().and_then(|former| fs::write(FWMARK_ACCEPT, "1").map(|()| former)))
-        .map_err(|source| CaptureError::Netns { path: netns.path().to_owned(), source })?
+        .map_err(|source| CaptureError::Netns {
+            path: netns.path().to_owned(),
+            source,
+        })?
         .map_err(CaptureError::file("set", FWMARK_ACCEPT))?;
     Ok(former)
 }
 
 /// Undoes [`install`]. Goes on after a failure, so that as much as possible is undone, and reports the first one.
-pub async fn remove(netns: &Netns, addresses: &[IpAddr], former_sysctl: &str) -> Result<(), CaptureError> {
+pub async fn remove(
+    netns: &Netns,
+    addresses: &[IpAddr],
+    former_sysctl: &str,
+) -> Result<(), CaptureError> {
     let handle = connect(netns)?;
     let mut first_error = None;
     for family in families(addresses) {
         let result = handle.rule().del(rule_message(family)).execute().await;
-        if let Err(error) = ignore(result, libc::ENOENT).map_err(failure(netns, "remove the capture rule")) {
+        if let Err(error) =
+            ignore(result, libc::ENOENT).map_err(failure(netns, "remove the capture rule"))
+        {
             first_error.get_or_insert(error);
         }
     }
     for route in routes(addresses) {
         let result = handle.route().del(route).execute().await;
-        if let Err(error) = ignore(result, libc::ESRCH).map_err(failure(netns, "remove the capture route")) {
+        if let Err(error) =
+            ignore(result, libc::ESRCH).map_err(failure(netns, "remove the capture route"))
+        {
             first_error.get_or_insert(error);
         }
     }
     let restored = netns
         .run(|| fs::write(FWMARK_ACCEPT, former_sysctl))
-        .map_err(|source| CaptureError::Netns { path: netns.path().to_owned(), source })
+        .map_err(|source| CaptureError::Netns {
+            path: netns.path().to_owned(),
+            source,
+        })
         .and_then(|written| written.map_err(CaptureError::file("restore", FWMARK_ACCEPT)));
     if let Err(error) = restored {
         first_error.get_or_insert(error);
@@ -139,8 +162,20 @@ fn rule_message(family: AddressFamily) -> RuleMessage {
 
 /// One local default route per family. It names the source, else the kernel would take the destination as source.
 fn routes(addresses: &[IpAddr]) -> Vec<RouteMessage> {
-    let v4 = addresses.iter().find_map(|a| if let IpAddr::V4(ip) = a { Some(*ip) } else { None });
-    let v6 = addresses.iter().find_map(|a| if let IpAddr::V6(ip) = a { Some(*ip) } else { None });
+    let v4 = addresses.iter().find_map(|a| {
+        if let IpAddr::V4(ip) = a {
+            Some(*ip)
+        } else {
+            None
+        }
+    });
+    let v6 = addresses.iter().find_map(|a| {
+        if let IpAddr::V6(ip) = a {
+            Some(*ip)
+        } else {
+            None
+        }
+    });
     let v4 = v4.map(|source| {
         RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
@@ -166,15 +201,27 @@ fn routes(addresses: &[IpAddr]) -> Vec<RouteMessage> {
 }
 
 fn families(addresses: &[IpAddr]) -> impl Iterator<Item = AddressFamily> {
-    let v4 = addresses.iter().any(IpAddr::is_ipv4).then_some(AddressFamily::Inet);
-    let v6 = addresses.iter().any(IpAddr::is_ipv6).then_some(AddressFamily::Inet6);
+    let v4 = addresses
+        .iter()
+        .any(IpAddr::is_ipv4)
+        .then_some(AddressFamily::Inet);
+    let v6 = addresses
+        .iter()
+        .any(IpAddr::is_ipv6)
+        .then_some(AddressFamily::Inet6);
     v4.into_iter().chain(v6)
 }
 
 /// A netlink socket stays in the namespace it was made in.
 fn connect(netns: &Netns) -> Result<Handle, CaptureError> {
-    let failed = |source| CaptureError::Netns { path: netns.path().to_owned(), source };
-    let (connection, handle, _) = netns.run(rtnetlink::new_connection).map_err(failed)?.map_err(failed)?;
+    let failed = |source| CaptureError::Netns {
+        path: netns.path().to_owned(),
+        source,
+    };
+    let (connection, handle, _) = netns
+        .run(rtnetlink::new_connection)
+        .map_err(failed)?
+        .map_err(failed)?;
     // Ends by itself when the handle is dropped.
     tokio::spawn(connection);
     Ok(handle)
@@ -189,5 +236,9 @@ fn ignore(result: Result<(), rtnetlink::Error>, errno: i32) -> Result<(), String
 
 fn failure(netns: &Netns, action: &'static str) -> impl FnOnce(String) -> CaptureError {
     let path = netns.path().to_owned();
-    move |reason| CaptureError::Route { action, path, reason }
+    move |reason| CaptureError::Route {
+        action,
+        path,
+        reason,
+    }
 }

@@ -11,7 +11,10 @@ use std::{
 
 use mesh_ebpf::{EdgeKey, VERDICT_DENIED, VERDICT_PASS, VERDICT_SAME_NODE};
 
-use super::{LocalWorkload, kernel::{self, Kernel}};
+use super::{
+    LocalWorkload,
+    kernel::{self, Kernel},
+};
 use crate::sys;
 
 /// Pass and same-node verdicts hold until the mesh changes; the time only bounds how long an idle entry may live.
@@ -42,12 +45,22 @@ pub struct Verdicts {
 
 impl Verdicts {
     pub(super) fn new(kernel: Arc<Kernel>, generation_base: u64) -> Self {
-        Self { kernel, generation_base, complained: Arc::default() }
+        Self {
+            kernel,
+            generation_base,
+            complained: Arc::default(),
+        }
     }
 
     /// Remembers a verdict that was taken while `generation` was the mesh's. Never fails for the caller: a full or
     /// broken cache only means that the agent is asked again.
-    pub fn remember(&self, workload: &LocalWorkload, destination: SocketAddr, generation: u64, verdict: Verdict) {
+    pub fn remember(
+        &self,
+        workload: &LocalWorkload,
+        destination: SocketAddr,
+        generation: u64,
+        verdict: Verdict,
+    ) {
         let ip = destination.ip().to_canonical();
         let (action, keep, peer_cookie) = match verdict {
             Verdict::Pass => (VERDICT_PASS, KEEP, 0),
@@ -65,7 +78,8 @@ impl Verdicts {
         };
         let value = mesh_ebpf::Verdict {
             generation: self.generation_base + generation,
-            expires_ns: sys::monotonic_ns().saturating_add(u64::try_from(keep.as_nanos()).unwrap_or(u64::MAX)),
+            expires_ns: sys::monotonic_ns()
+                .saturating_add(u64::try_from(keep.as_nanos()).unwrap_or(u64::MAX)),
             peer_cookie,
             action,
             padding: 0,

@@ -24,7 +24,12 @@ impl MeshState {
 
     /// The workload of that name on `node`.
     #[must_use]
-    pub fn local_workload(&self, _node: &str, _namespace: &str, _name: &str) -> Option<Arc<Workload>> {
+    pub fn local_workload(
+        &self,
+        _node: &str,
+        _namespace: &str,
+        _name: &str,
+    ) -> Option<Arc<Workload>> {
         todo!()
     }
 
@@ -59,7 +64,9 @@ impl Mesh {
     /// Read access; hold it only for a look-up, never across an await.
     #[must_use]
     pub fn read(&self) -> RwLockReadGuard<'_, MeshState> {
-        self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.state
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Grows with every applied change; await `changed()` to react.

@@ -1,6 +1,10 @@
 //! The mesh as the agent believes it to be: plain values, no I/O.
 
-use std::{collections::BTreeMap, net::{IpAddr, SocketAddr}, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 use mesh_api::{

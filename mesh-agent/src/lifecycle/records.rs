@@ -58,7 +58,9 @@ impl Records {
     /// The file in `run_dir`.
     #[must_use]
     pub fn new(run_dir: &Path) -> Self {
-        Self { path: run_dir.join(FILE_NAME) }
+        Self {
+            path: run_dir.join(FILE_NAME),
+        }
     }
 
     /// What an earlier agent left; nothing if there is no file.
@@ -66,19 +68,28 @@ impl Records {
     /// # Errors
     /// When the file cannot be read or is damaged.
     pub fn load(&self) -> Result<Vec<Record>, RecordsError> {
-        let damaged = |reason: String| RecordsError::Damaged { path: self.path.clone(), reason };
+        let damaged = |reason: String| RecordsError::Damaged {
+            path: self.path.clone(),
+            reason,
+        };
         let bytes = match fs::metadata(&self.path) {
             Ok(metadata) => metadata.len(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(source) => return Err(self.failed("look at")(source)),
         };
         if bytes > FILE_MAX_BYTES {
-            return Err(damaged(format!("{bytes} bytes, at most {FILE_MAX_BYTES} expected")));
+            return Err(damaged(format!(
+                "{bytes} bytes, at most {FILE_MAX_BYTES} expected"
+            )));
         }
         let text = fs::read(&self.path).map_err(self.failed("read"))?;
-        let contents: Contents = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        let contents: Contents =
+            serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
         if contents.version != VERSION {
-            return Err(damaged(format!("version {} instead of {VERSION}", contents.version)));
+            return Err(damaged(format!(
+                "version {} instead of {VERSION}",
+                contents.version
+            )));
         }
         Ok(contents.workloads)
     }
@@ -89,7 +100,13 @@ impl Records {
     /// When it cannot be written (a full disk).
     pub fn save(&self, workloads: Vec<Record>) -> Result<(), RecordsError> {
         let temporary = self.path.with_extension("json.new");
-        let written = self.write(&temporary, &Contents { version: VERSION, workloads });
+        let written = self.write(
+            &temporary,
+            &Contents {
+                version: VERSION,
+                workloads,
+            },
+        );
         if written.is_err() {
             // Half a file is of no use; the error that matters is the first one.
             let _ = fs::remove_file(&temporary);
@@ -104,7 +121,9 @@ impl Records {
     /// When it is there and cannot be removed.
     pub fn remove(&self) -> Result<(), RecordsError> {
         match fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.failed("remove")(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(self.failed("remove")(error))
+            }
             _ => Ok(()),
         }
     }
@@ -118,13 +137,20 @@ impl Records {
             .mode(0o600)
             .open(temporary)
             .map_err(self.failed("create a file beside"))?;
-        let text = serde_json::to_vec_pretty(contents).map_err(|error| self.failed("write")(error.into()))?;
-        file.write_all(&text).and_then(|()| file.sync_all()).map_err(self.failed("write"))
+        let text = serde_json::to_vec_pretty(contents)
+            .map_err(|error| self.failed("write")(error.into()))?;
+        file.write_all(&text)
+            .and_then(|()| file.sync_all())
+            .map_err(self.failed("write"))
     }
 
     fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> RecordsError {
         let path = self.path.clone();
-        move |source| RecordsError::File { action, path, source }
+        move |source| RecordsError::File {
+            action,
+            path,
+            source,
+        }
     }
 }
 
@@ -153,8 +179,13 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temp folder");
         let records = Records::new(dir.path());
         assert_eq!(records.load().expect("no file yet"), []);
-        records.save(vec![record("web"), record("cart")]).expect("saved");
-        assert_eq!(records.load().expect("loaded"), [record("web"), record("cart")]);
+        records
+            .save(vec![record("web"), record("cart")])
+            .expect("saved");
+        assert_eq!(
+            records.load().expect("loaded"),
+            [record("web"), record("cart")]
+        );
         records.remove().expect("removed");
         assert_eq!(records.load().expect("gone"), []);
     }
@@ -163,7 +194,12 @@ mod tests {
     fn a_damaged_file_is_named() {
         let dir = tempfile::tempdir().expect("a temp folder");
         let records = Records::new(dir.path());
-        for text in ["", "{", r#"{"version": 9, "workloads": []}"#, r#"{"version": 1, "workloads": [{}]}"#] {
+        for text in [
+            "",
+            "{",
+            r#"{"version": 9, "workloads": []}"#,
+            r#"{"version": 1, "workloads": [{}]}"#,
+        ] {
             fs::write(dir.path().join(FILE_NAME), text).expect("written");
             let error = records.load().expect_err(text).to_string();
             assert!(error.contains(FILE_NAME), "{error}");

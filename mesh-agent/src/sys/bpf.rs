@@ -78,9 +78,17 @@ struct TestRun {
 ///
 /// # Errors
 /// Those of `BPF_LINK_CREATE`: `EPERM` without the capability, `EINVAL` on a kernel without that link type.
-pub fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, kind: AttachType) -> io::Result<OwnedFd> {
-    let mut attr =
-        LinkCreate { prog_fd: raw(program), target_fd: raw(target), attach_type: kind as u32, flags: 0 };
+pub fn link_create(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    kind: AttachType,
+) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreate {
+        prog_fd: raw(program),
+        target_fd: raw(target),
+        attach_type: kind as u32,
+        flags: 0,
+    };
     let fd = bpf(BPF_LINK_CREATE, &mut attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -91,7 +99,12 @@ pub fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, kind: Attach
 /// # Errors
 /// Those of `BPF_LINK_UPDATE`: `ENOLINK` when the cgroup or namespace of the link is gone.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    let mut attr = LinkUpdate { link_fd: raw(link), new_prog_fd: raw(program), flags: 0, old_prog_fd: 0 };
+    let mut attr = LinkUpdate {
+        link_fd: raw(link),
+        new_prog_fd: raw(program),
+        flags: 0,
+        old_prog_fd: 0,
+    };
     bpf(BPF_LINK_UPDATE, &mut attr).map(|_| ())
 }
 
@@ -101,7 +114,11 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
 /// Those of `BPF_OBJ_PIN`: `EEXIST`, `EINVAL` when the path is not on bpffs.
 pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let name = CString::new(path.as_os_str().as_bytes())?;
-    let mut attr = Object { pathname: name.as_ptr() as u64, bpf_fd: raw(object), file_flags: 0 };
+    let mut attr = Object {
+        pathname: name.as_ptr() as u64,
+        bpf_fd: raw(object),
+        file_flags: 0,
+    };
     bpf(BPF_OBJ_PIN, &mut attr).map(|_| ())
 }
 
@@ -111,7 +128,11 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 /// Those of `BPF_OBJ_GET`: `ENOENT` without such a pin.
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let name = CString::new(path.as_os_str().as_bytes())?;
-    let mut attr = Object { pathname: name.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+    let mut attr = Object {
+        pathname: name.as_ptr() as u64,
+        bpf_fd: 0,
+        file_flags: 0,
+    };
     let fd = bpf(BPF_OBJ_GET, &mut attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -141,6 +162,17 @@ fn raw(fd: BorrowedFd<'_>) -> u32 {
 fn bpf<T: Copy>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_int> {
     // SAFETY: pointer and size describe `attr`, a plain struct laid out as the command's part of `union bpf_attr`;
     // pointers inside it outlive the call at every call site above.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as libc::c_int) }
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attr),
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result as libc::c_int)
+    }
 }

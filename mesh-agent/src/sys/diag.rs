@@ -31,14 +31,21 @@ pub fn destroy_tcp(netns: &Netns, local: SocketAddr, remote: SocketAddr) -> io::
         Some(0) => Ok(()),
         Some(code) if code == -libc::ENOENT => Ok(()),
         Some(code) => Err(io::Error::from_raw_os_error(-code)),
-        None => Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected answer of sock_diag")),
+        None => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "unexpected answer of sock_diag",
+        )),
     }
 }
 
 /// `struct nlmsghdr` and `struct inet_diag_req_v2`.
 fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
     let (local_ip, remote_ip) = (local.ip().to_canonical(), remote.ip().to_canonical());
-    let family = if local_ip.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let family = if local_ip.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
     let mut bytes = Vec::with_capacity(REQUEST_BYTES);
     bytes.extend((REQUEST_BYTES as u32).to_ne_bytes());
     bytes.extend(SOCK_DESTROY.to_ne_bytes());
@@ -69,7 +76,12 @@ fn answer_code(answer: &[u8]) -> Option<i32> {
     if kind != NLMSG_ERROR {
         return None;
     }
-    Some(i32::from_ne_bytes(answer.get(HEADER_BYTES..HEADER_BYTES + 4)?.try_into().ok()?))
+    Some(i32::from_ne_bytes(
+        answer
+            .get(HEADER_BYTES..HEADER_BYTES + 4)?
+            .try_into()
+            .ok()?,
+    ))
 }
 
 #[cfg(test)]

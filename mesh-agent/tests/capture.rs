@@ -350,8 +350,9 @@ fn unenrolment_leaves_the_namespace_as_it_was() -> Result<()> {
         look()? != before,
         "the enrolment can be seen, else this test sees nothing"
     );
-    block_on(capture.unenrol("default", "web"))?;
+    let released = capture.release("default", "web")?;
     drop(listeners);
+    block_on(capture.clean(&released))?;
     assert_eq!(look()?, before);
     assert_eq!(
         std::fs::read_dir(capture.kernel().config().pin_dir())?

@@ -173,17 +173,32 @@ impl Capture {
         Ok((enrolled, listeners))
     }
 
-    /// Stops capturing a workload and removes every trace of it. Its listeners must be closed by the proxy.
+    /// Stops capturing a workload: connections begun after this go their own way. Those that the agent carries still
+    /// need the rule and the routes, which [`Capture::clean`] removes once they have ended.
     ///
     /// # Errors
-    /// [`CaptureError::NotEnrolled`]. A trace that cannot be removed is logged.
-    pub async fn unenrol(&self, namespace: &str, name: &str) -> Result<Enrolled, CaptureError> {
+    /// [`CaptureError::NotEnrolled`].
+    pub fn release(&self, namespace: &str, name: &str) -> Result<Enrolled, CaptureError> {
         let enrolled = self
             .lock()
             .remove(&(namespace.to_owned(), name.to_owned()))
             .ok_or_else(|| CaptureError::NotEnrolled(format!("workload {namespace}/{name}")))?;
-        self.undo(&enrolled).await;
+        self.kernel.forget(enrolled.local.cookie());
+        self.kernel.detach_workload(enrolled.local.cookie());
         Ok(enrolled)
+    }
+
+    /// Removes what is left of a released workload in its namespace.
+    ///
+    /// # Errors
+    /// Says what stays behind. A namespace that is gone has nothing left.
+    pub async fn clean(&self, released: &Enrolled) -> Result<(), CaptureError> {
+        let Record {
+            addresses,
+            former_fwmark_accept,
+            ..
+        } = &released.record;
+        steering::remove(&released.local.netns, addresses, former_fwmark_accept).await
     }
 
     /// Follows changed settings of a workload.
@@ -295,18 +310,11 @@ impl Capture {
     }
 
     async fn undo(&self, enrolled: &Enrolled) {
-        let cookie = enrolled.local.cookie();
-        self.kernel.forget(cookie);
-        self.kernel.detach_workload(cookie);
-        let Record {
-            addresses,
-            former_fwmark_accept,
-            ..
-        } = &enrolled.record;
-        if let Err(error) =
-            steering::remove(&enrolled.local.netns, addresses, former_fwmark_accept).await
-        {
-            tracing::warn!(workload = %enrolled.record.enrolment.name, %error, "something of the enrolment stays behind");
+        self.kernel.forget(enrolled.local.cookie());
+        self.kernel.detach_workload(enrolled.local.cookie());
+        if let Err(error) = self.clean(enrolled).await {
+            let workload = &enrolled.record.enrolment.name;
+            tracing::warn!(%workload, %error, "something of the failed enrolment stays behind");
         }
     }
 

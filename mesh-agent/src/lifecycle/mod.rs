@@ -1,10 +1,16 @@
-//! placeholder
+//! Starting, following the mesh, enrolling on request, draining and uninstalling: what ties the other modules together.
+
+mod agent;
+mod enrolment;
+mod error;
+mod follow;
+mod kernel_metrics;
 pub mod records;
-pub type LogFilter =
-    tracing_subscriber::reload::Handle<tracing_subscriber::EnvFilter, tracing_subscriber::Registry>;
-pub fn run(_: crate::config::AgentConfig, _: LogFilter) -> anyhow::Result<()> {
-    Ok(())
-}
-pub fn uninstall(_: &crate::config::AgentConfig) -> anyhow::Result<()> {
-    Ok(())
-}
+mod requests;
+mod same_node;
+mod standalone;
+mod uninstall;
+
+pub use agent::run;
+pub use error::AgentError;
+pub use uninstall::uninstall;

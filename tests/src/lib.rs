@@ -18,4 +18,5 @@ pub mod netns;
 pub mod process;
 pub mod programs;
 pub mod seqecho;
+pub mod skip;
 pub mod wait;

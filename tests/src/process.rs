@@ -385,20 +385,20 @@ fn tail(text: &str) -> &str {
 struct Order {
     command: Command,
     netns: Option<PathBuf>,
-    answer: mpsc::Sender<Result<Child>>,
+    answer: mpsc::SyncSender<Result<Child>>,
 }
 
 fn fork(command: Command, netns: Option<&Path>) -> Result<Child> {
-    static FORKER: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
+    static FORKER: OnceLock<mpsc::SyncSender<Order>> = OnceLock::new();
     let orders = FORKER.get_or_init(|| {
-        let (orders, inbox) = mpsc::channel();
+        let (orders, inbox) = mpsc::sync_channel(1);
         std::thread::Builder::new()
             .name("lab-forker".into())
             .spawn(move || serve_orders(&inbox))
             .expect("a thread can be started at the first use of the lab");
         orders
     });
-    let (answer, child) = mpsc::channel();
+    let (answer, child) = mpsc::sync_channel(1);
     orders
         .send(Order {
             command,

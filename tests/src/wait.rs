@@ -34,7 +34,7 @@ pub fn until<T>(
         if Instant::now() >= deadline {
             bail!("{what}: not within {limit:?}");
         }
-        std::thread::sleep(POLL_INTERVAL);
+        pause(POLL_INTERVAL);
     }
 }
 
@@ -56,6 +56,14 @@ pub fn port(netns: &Path, address: SocketAddr, limit: Duration) -> Result<()> {
 pub fn pace_until(at: Instant) {
     let now = Instant::now();
     if at > now {
-        std::thread::sleep(at - now);
+        pause(at - now);
     }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place where tests and load generators let time pass"
+)]
+fn pause(duration: Duration) {
+    std::thread::sleep(duration);
 }

@@ -14,6 +14,7 @@ pub mod cgroup;
 pub mod cleanup;
 pub mod histogram;
 pub mod lab;
+pub mod load;
 pub mod netns;
 pub mod process;
 pub mod programs;

@@ -25,11 +25,12 @@ use super::{
     enrolment::{Key, Missing},
     kernel_metrics,
     records::Records,
+    requests::AdminView,
     standalone::{self, Upstream},
     uninstall::{kernel_config, remove_kernel_side},
 };
 use crate::{
-    admin::{AdminListeners, LocalSocket},
+    admin::{AdminAddresses, AdminServers, LocalServer},
     capture::{
         Capture,
         kernel::{Found, Kernel},
@@ -38,6 +39,7 @@ use crate::{
     discovery::{DiscoveryClient, DiscoveryConfig, DiscoveryStatus, Mesh},
     identity::{Certificates, IdentityConfig},
     proxy::{Limits, ProxyContext, ServeHandle, TunnelCodec, Workers},
+    sys,
     telemetry::{Telemetry, logging::LogControl},
 };
 
@@ -94,7 +96,13 @@ async fn start_and_run(config: AgentConfig, run_dir: &RunDir, logs: LogControl) 
     let mut terminate = signal(SignalKind::terminate()).map_err(system("the SIGTERM handler"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system("the SIGINT handler"))?;
     // Ports first: a port in use must be known before anything is changed in the kernel.
-    let admin = AdminListeners::bind(&config.listen).await?;
+    let addresses = AdminAddresses {
+        metrics: config.listen.metrics,
+        readiness: config.listen.readiness,
+        admin: config.listen.admin,
+    };
+    let admin = AdminServers::bind(addresses).await?;
+    let local = LocalServer::bind(run_dir.path())?;
     let shutdown = CancellationToken::new();
     let upstream = standalone::upstream(&config, run_dir.path()).await?;
     let (kernel, found) = Kernel::start(kernel_config(&config))?;
@@ -115,9 +123,8 @@ async fn start_and_run(config: AgentConfig, run_dir: &RunDir, logs: LogControl) 
     agent.adopt(records, &config.workloads).await;
     tokio::spawn(agent.clone().follow_mesh());
     tokio::spawn(agent.clone().report_same_node());
-    let local = LocalSocket::bind(run_dir.path())?;
-    admin.serve(agent.clone(), logs, &shutdown);
-    local.serve(agent.clone(), &shutdown);
+    tokio::spawn(admin.serve(Arc::new(AdminView { agent: agent.clone(), logs })));
+    tokio::spawn(local.serve(agent.clone()));
     tracing::info!(node = %config.node.name, ?found, "agent is running");
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
@@ -204,7 +211,7 @@ impl Agent {
 fn log_kernel_messages(kernel: &mut Kernel) {
     let logger = EbpfLogger::init(kernel.programs_mut())
         .map_err(|error| error.to_string())
-        .and_then(|logger| tokio::io::unix::AsyncFd::new(logger).map_err(|error| error.to_string()));
+        .and_then(|logger| sys::watch_fd(logger).map_err(|error| error.to_string()));
     let mut logger = match logger {
         Ok(logger) => logger,
         Err(error) => return tracing::warn!(%error, "no log lines of the kernel programs"),

@@ -1,20 +1,24 @@
 //! Answers to the local socket and to admin.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use mesh_api::local::{Request, Response, Status, WorkloadStatus};
 use serde_json::{Value, json};
 
 use super::agent::Agent;
 use crate::{
+    admin::{AdminState, LocalHandler},
     capture::Enrolled,
-    discovery::model::{FailureMode, SameNode},
+    discovery::{
+        DiscoveryStatus, Phase,
+        model::{FailureMode, SameNode},
+    },
     identity::CertificateStatus,
+    telemetry::logging::LogControl,
 };
 
-impl Agent {
-    /// Carries out one request of the local socket.
-    pub(crate) async fn answer(&self, request: Request) -> Response {
+impl LocalHandler for Agent {
+    async fn handle(&self, request: Request) -> Response {
         match request {
             Request::Enroll(enrolment) => match self.enrol(&enrolment).await {
                 Ok(enrolled) => Response::Done {
@@ -36,9 +40,43 @@ impl Agent {
             Request::Top => Response::Top { edges: self.telemetry.edges() },
         }
     }
+}
 
+/// What the HTTP servers show.
+pub(super) struct AdminView {
+    pub agent: Arc<Agent>,
+    pub logs: LogControl,
+}
+
+impl AdminState for AdminView {
+    fn pending(&self) -> Vec<String> {
+        self.agent.pending()
+    }
+
+    fn metrics(&self) -> String {
+        self.agent.metrics()
+    }
+
+    fn config(&self) -> Value {
+        json!(self.agent.config)
+    }
+
+    fn dump(&self) -> Value {
+        self.agent.dump()
+    }
+
+    fn log_filter(&self) -> String {
+        self.logs.filter().unwrap_or_else(|error| error.to_string())
+    }
+
+    fn set_log_filter(&self, filter: &str) -> Result<(), String> {
+        self.logs.set_filter(filter).map_err(|error| error.to_string())
+    }
+}
+
+impl Agent {
     /// What readiness waits for; empty when ready.
-    pub(crate) fn pending(&self) -> Vec<String> {
+    pub(super) fn pending(&self) -> Vec<String> {
         let mut pending = Vec::new();
         let discovery = self.discovery.borrow();
         if !discovery.ready {
@@ -55,18 +93,28 @@ impl Agent {
     }
 
     /// Metrics in the Prometheus text format, those that are read on demand brought up to date.
-    pub(crate) fn metrics(&self) -> String {
+    fn metrics(&self) -> String {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         self.telemetry.agent.heartbeat.set(i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
         let discovery = self.discovery.borrow().clone();
-        self.telemetry.observe_discovery(&discovery);
-        self.telemetry.observe_proxy(&self.workers.counters());
+        self.observe_discovery(&discovery);
         let _ = self.pending();
         self.telemetry.render()
     }
 
+    /// Discovery counts by itself; its totals become the metrics' totals.
+    fn observe_discovery(&self, status: &DiscoveryStatus) {
+        let xds = &self.telemetry.xds;
+        xds.connected.set(i64::from(status.phase == Phase::Connected));
+        xds.messages.inc_by(status.responses.saturating_sub(xds.messages.get()));
+        xds.nacks.inc_by(status.nacks.saturating_sub(xds.nacks.get()));
+        xds.set_resources("workload", status.counts.workloads);
+        xds.set_resources("service", status.counts.services);
+        xds.set_resources("policy", status.counts.policies);
+    }
+
     /// The node for `weft status`.
-    pub(crate) fn status(&self) -> Status {
+    fn status(&self) -> Status {
         let certificates: BTreeMap<String, CertificateStatus> =
             self.certificates.status().into_iter().map(|c| (c.identity.to_string(), c)).collect();
         let mut workloads: Vec<WorkloadStatus> =
@@ -139,7 +187,7 @@ impl Agent {
     }
 
     /// Everything the agent believes.
-    pub(crate) fn dump(&self) -> Value {
+    fn dump(&self) -> Value {
         json!({
             "config": self.config,
             "status": self.status(),

@@ -262,6 +262,12 @@ impl Telemetry {
         })
     }
 
+    /// For collectors of other modules.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
     /// Counts an opened connection. The returned value counts bytes and must be finished.
     #[must_use]
     pub fn open(self: &Arc<Self>, info: ConnectionInfo) -> OpenConnection {

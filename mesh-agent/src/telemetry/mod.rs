@@ -398,6 +398,9 @@ impl OpenConnection {
         let now = Instant::now();
         self.telemetry.edges.touch(&self.edge, now);
         self.edge.closed(reason);
+        if reason == CloseReason::Revoked {
+            self.telemetry.policy.revoked.inc();
+        }
         let (sent, received) = (self.sent.load(Relaxed), self.received.load(Relaxed));
         let took = now.saturating_duration_since(self.started);
         access::closed(

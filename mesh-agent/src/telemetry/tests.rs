@@ -126,7 +126,11 @@ fn failures_and_denials_are_counted_apart() {
         &"refused",
     );
     telemetry.failed(&connection("web", "db"), CloseReason::Denied, &"by policy");
+    telemetry
+        .open(connection("web", "cache"))
+        .finish(CloseReason::Revoked);
     let text = telemetry.render();
+    assert!(text.contains("weft_policy_revoked_total 1\n"));
     assert_eq!(
         edge_value(
             &text,

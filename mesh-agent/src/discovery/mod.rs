@@ -17,7 +17,7 @@ pub mod snapshot;
 pub mod state;
 pub mod subscription;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod update;
 
 pub use client::{DiscoveryClient, DiscoveryConfig, DiscoveryError, DiscoveryStatus, Phase};

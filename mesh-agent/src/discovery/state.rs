@@ -73,6 +73,9 @@ pub struct MeshState {
     pub(super) ranges: HashMap<Arc<str>, Ranges>,
     pub(super) policies: PolicyIndex,
     dead: BTreeSet<SocketAddr>,
+    /// Entries visited by changes, so that a test can tell that their cost does not grow with the mesh.
+    #[cfg(test)]
+    steps: std::sync::atomic::AtomicUsize,
 }
 
 /// How many resources the index holds.
@@ -107,6 +110,17 @@ impl MeshState {
             policies: self.policies.all.len(),
             stand_ins: self.policies.stand_ins,
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn steps(&self) -> usize {
+        self.steps.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    fn count_step(&self) {
+        #[cfg(test)]
+        self.steps
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// Applies one change; whether anything differs afterwards.
@@ -268,6 +282,7 @@ impl MeshState {
     fn link_members(&mut self, entry: &Arc<WorkloadEntry>) {
         let reachable = self.is_reachable(entry);
         for (key, ports) in &entry.workload.services {
+            self.count_step();
             let members = self.members.entry(key.clone()).or_default();
             members
                 .entries
@@ -281,6 +296,7 @@ impl MeshState {
     fn unlink_members(&mut self, old: &WorkloadEntry) {
         let reachable = self.is_reachable(old);
         for (key, ports) in &old.workload.services {
+            self.count_step();
             prune(&mut self.members, key, |members| {
                 members.entries.remove(&old.workload.uid);
                 if reachable {
@@ -387,6 +403,7 @@ impl MeshState {
                 ports.extend(self.services_at(vip).flat_map(|e| e.service.ports.keys()));
             }
             for port in ports {
+                self.count_step();
                 let address = SocketAddr::new(vip, port);
                 if self.is_dead(vip, port) {
                     self.dead.insert(address);

@@ -11,10 +11,7 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 
-use crate::{
-    discovery::model::Workload,
-    sys::netns::{Netns, NetnsCookie},
-};
+use crate::{discovery::model::Workload, sys::netns::{Netns, NetnsCookie}};
 
 /// Captured outbound connections.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -123,13 +120,7 @@ pub enum Verdict {
 impl Verdicts {
     /// Remembers a verdict that was taken while `generation` was the mesh's. Never fails for the caller: a full or
     /// broken cache only means that the agent is asked again.
-    pub fn remember(
-        &self,
-        _workload: &LocalWorkload,
-        _destination: SocketAddr,
-        _generation: u64,
-        _verdict: Verdict,
-    ) {
+    pub fn remember(&self, _workload: &LocalWorkload, _destination: SocketAddr, _generation: u64, _verdict: Verdict) {
         todo!()
     }
 }

@@ -1,6 +1,10 @@
 //! Counting and logging: Prometheus metrics, live edges, and one access-log line per connection.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use mesh_api::identity::Identity;
 
@@ -97,12 +101,7 @@ impl Telemetry {
     }
 
     /// Counts a connection that failed before it was established, and logs it.
-    pub fn failed(
-        &self,
-        _info: &ConnectionInfo,
-        _reason: CloseReason,
-        _error: &dyn std::fmt::Display,
-    ) {
+    pub fn failed(&self, _info: &ConnectionInfo, _reason: CloseReason, _error: &dyn std::fmt::Display) {
         todo!()
     }
 

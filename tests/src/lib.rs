@@ -15,6 +15,7 @@ pub mod cleanup;
 pub mod histogram;
 pub mod http;
 pub mod lab;
+pub mod load;
 pub mod manifests;
 pub mod mesh;
 pub mod metrics;

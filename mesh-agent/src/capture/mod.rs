@@ -11,7 +11,10 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 
-use crate::{discovery::model::Workload, sys::netns::{Netns, NetnsCookie}};
+use crate::{
+    discovery::model::Workload,
+    sys::netns::{Netns, NetnsCookie},
+};
 
 /// Captured outbound connections.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -94,9 +97,9 @@ pub struct DialOptions {
 /// # Errors
 /// Those of `connect(2)`; `AddrNotAvailable` when the ports towards this destination are exhausted.
 pub async fn dial(
-    _workload: &LocalWorkload,
-    _destination: SocketAddr,
-    _options: DialOptions,
+    workload: &LocalWorkload,
+    destination: SocketAddr,
+    options: DialOptions,
 ) -> std::io::Result<tokio::net::TcpStream> {
     todo!()
 }
@@ -120,7 +123,13 @@ pub enum Verdict {
 impl Verdicts {
     /// Remembers a verdict that was taken while `generation` was the mesh's. Never fails for the caller: a full or
     /// broken cache only means that the agent is asked again.
-    pub fn remember(&self, _workload: &LocalWorkload, _destination: SocketAddr, _generation: u64, _verdict: Verdict) {
+    pub fn remember(
+        &self,
+        _workload: &LocalWorkload,
+        _destination: SocketAddr,
+        _generation: u64,
+        _verdict: Verdict,
+    ) {
         todo!()
     }
 }

@@ -1,1 +1,72 @@
-//! placeholder
+//! Moves bytes: accepts captured connections, decides where they go, and carries them through tunnels (HBONE), plain
+//! TCP, or to the application of a local workload.
+//!
+//! One current-thread runtime per core ([`worker`]); everything a connection touches on its byte path belongs to
+//! one worker, so nothing is locked there. Discovery, certificates, metrics and admin live elsewhere and are seen
+//! through [`ProxyContext`].
+
+use std::{net::IpAddr, sync::Arc};
+
+use crate::{
+    capture::{OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT, Verdicts},
+    discovery::Mesh,
+    identity::Certificates,
+    telemetry::Telemetry,
+};
+
+mod accept;
+pub mod buffers;
+pub mod connect;
+pub mod counters;
+pub mod inbound;
+pub mod limits;
+pub mod outbound;
+pub mod pool;
+pub mod registry;
+pub mod relay;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod tunnel;
+pub mod worker;
+
+pub use counters::Counters;
+pub use limits::Limits;
+pub use tunnel::TunnelCodec;
+pub use worker::{ServeHandle, WorkerError, Workers};
+
+/// Ports of the proxy itself inside a workload's namespace: never a destination of proxied traffic.
+pub const OWN_PORTS: [u16; 3] = [OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT];
+
+/// What every worker is given. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ProxyContext {
+    /// What exists in the mesh.
+    pub mesh: Mesh,
+    /// Keys and certificates of local workloads.
+    pub certificates: Certificates,
+    /// Counts and logs connections.
+    pub telemetry: Arc<Telemetry>,
+    /// The kernel's cache of outbound verdicts.
+    pub verdicts: Verdicts,
+    /// Limits of this proxy.
+    pub limits: Arc<Limits>,
+    /// Name of this node, as discovery spells it.
+    pub node: Arc<str>,
+    /// Which implementation writes the tunnels.
+    pub codec: TunnelCodec,
+}
+
+/// The canonical form of an address: dual-stack listeners see IPv4 peers as `::ffff:a.b.c.d` (RFC 4291 section
+/// 2.5.5.2), while discovery and policy know them as IPv4.
+#[must_use]
+pub fn unmapped(address: std::net::SocketAddr) -> std::net::SocketAddr {
+    std::net::SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Addresses that no proxied connection may have as its destination: they mean the machine itself, nobody, or
+/// everybody.
+#[must_use]
+pub fn never_a_destination(address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    address.is_loopback() || address.is_unspecified() || address.is_multicast()
+}

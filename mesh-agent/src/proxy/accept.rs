@@ -1,0 +1,145 @@
+//! Accepting: from a listener to the worker that will carry the connection.
+
+use std::{io, net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::sleep,
+};
+
+use super::{
+    inbound,
+    limits::ACCEPT_BACKOFF,
+    outbound, relay, unmapped,
+    worker::{Admission, Served, Worker},
+};
+
+/// What a listener is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Outbound,
+    Plaintext,
+    Tunnel,
+}
+
+/// A socket on its way to another worker; it belongs to no runtime.
+#[derive(Debug)]
+pub(super) struct Accepted {
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+    kind: Kind,
+    admission: Admission,
+}
+
+/// Accepts until the workload is no longer served. Errors of the system are waited out, never spun on.
+pub(super) async fn listen(
+    worker: Rc<Worker>,
+    listener: std::net::TcpListener,
+    kind: Kind,
+    served: Arc<Served>,
+) {
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, ?kind, workload = %served.local.name, "cannot watch a listener");
+            return;
+        }
+    };
+    let mut stopped = pin!(served.stop.cancelled());
+    loop {
+        let next = tokio::select! {
+            () = &mut stopped => return,
+            next = listener.accept() => next,
+        };
+        match next {
+            Ok((socket, peer)) => accepted(&worker, &served, kind, socket, unmapped(peer)),
+            Err(error) if belongs_to_one_connection(&error) => {}
+            Err(error) => {
+                worker.shared.counters.accept_errors.add();
+                tracing::warn!(%error, ?kind, workload = %served.local.name, "cannot accept; pausing");
+                sleep(ACCEPT_BACKOFF).await;
+            }
+        }
+    }
+}
+
+/// accept(2): errors of the new connection, not of the system; the next one may be fine.
+fn belongs_to_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::Interrupted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::TimedOut
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkUnreachable
+    )
+}
+
+fn accepted(
+    worker: &Rc<Worker>,
+    served: &Arc<Served>,
+    kind: Kind,
+    socket: TcpStream,
+    peer: SocketAddr,
+) {
+    let index = worker.shared.worker_for(worker.index);
+    let Ok(admission) = worker.shared.admit(index, served, kind != Kind::Tunnel) else {
+        return relay::reset(socket);
+    };
+    if index == worker.index {
+        return start(worker, kind, socket, peer, admission);
+    }
+    let socket = match socket.into_std() {
+        Ok(socket) => socket,
+        Err(error) => {
+            tracing::debug!(%error, ?kind, "accepted socket cannot be handed over");
+            return;
+        }
+    };
+    match worker.shared.hand_over(
+        index,
+        Accepted {
+            socket,
+            peer,
+            kind,
+            admission,
+        },
+    ) {
+        Ok(()) => worker.shared.counters.handed_over.add(),
+        Err(accepted) => adopt(worker, accepted),
+    }
+}
+
+/// Begins to carry a connection that was accepted elsewhere.
+pub(super) fn adopt(worker: &Rc<Worker>, accepted: Accepted) {
+    let Accepted {
+        socket,
+        peer,
+        kind,
+        admission,
+    } = accepted;
+    match TcpStream::from_std(socket) {
+        Ok(socket) => start(worker, kind, socket, peer, admission),
+        Err(error) => tracing::debug!(%error, ?kind, "handed over socket cannot be used"),
+    }
+}
+
+fn start(
+    worker: &Rc<Worker>,
+    kind: Kind,
+    socket: TcpStream,
+    peer: SocketAddr,
+    admission: Admission,
+) {
+    if let Err(error) = socket.set_nodelay(true) {
+        tracing::debug!(%error, ?kind, "accepted socket is gone already");
+        return;
+    }
+    let own = worker.clone();
+    match kind {
+        Kind::Outbound => worker.spawn(outbound::serve(own, socket, peer, admission)),
+        Kind::Plaintext => worker.spawn(inbound::serve_plaintext(own, socket, peer, admission)),
+        Kind::Tunnel => worker.spawn(inbound::serve_tunnel(own, socket, peer, admission)),
+    }
+}

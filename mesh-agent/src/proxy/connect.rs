@@ -1,0 +1,148 @@
+//! How a worker's pool makes tunnels: dial from the workload's namespace, TLS with its certificate, HTTP/2.
+
+use std::{os::fd::AsFd, rc::Rc, sync::Arc, time::Instant};
+
+use rustls::pki_types::ServerName;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use super::{
+    ProxyContext,
+    counters::Counters,
+    limits::Limits,
+    pool::{Connector, PoolKey, Pooled},
+    tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::ReadAhead},
+};
+use crate::{
+    capture::{DialOptions, LocalWorkload, dial},
+    identity::Certified,
+    sys::netns::duplicate,
+    telemetry::{Direction, Telemetry},
+};
+
+/// What a tunnel is made from, beside its key.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// Who dials.
+    pub local: Arc<LocalWorkload>,
+    /// With which certificate.
+    pub certified: Arc<Certified>,
+}
+
+/// Makes tunnels for real.
+#[derive(Debug)]
+pub struct Dialer {
+    limits: Arc<Limits>,
+    telemetry: Arc<Telemetry>,
+    counters: Arc<Counters>,
+    codec: TunnelCodec,
+    name: ServerName<'static>,
+}
+
+impl Dialer {
+    /// For one worker.
+    #[must_use]
+    pub fn new(context: &ProxyContext, counters: Arc<Counters>) -> Self {
+        Self {
+            limits: context.limits.clone(),
+            telemetry: context.telemetry.clone(),
+            counters,
+            codec: context.codec,
+            // Neither sent nor looked at: identities are compared, not names.
+            name: ServerName::IpAddress(
+                std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED).into(),
+            ),
+        }
+    }
+
+    async fn set_up(&self, key: &PoolKey, source: &Source) -> Result<Tunnel, TunnelError> {
+        let limit = self.limits.time.connect;
+        let dialled = timeout(
+            limit,
+            dial(
+                &source.local,
+                key.destination,
+                DialOptions {
+                    source: key.source_address,
+                },
+            ),
+        );
+        let socket = dialled
+            .await
+            .map_err(|_| TunnelError::TimedOut("accept the connection"))?
+            .map_err(|error| TunnelError::Dial(Arc::new(error)))?;
+        // Its statistics are wanted for as long as streams use it; without it there are none.
+        let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
+        let began = Instant::now();
+        let connector = TlsConnector::from(source.certified.client(key.expected.clone()));
+        let shaken = timeout(
+            self.limits.time.handshake,
+            connector.connect(self.name.clone(), ReadAhead::new(socket)),
+        );
+        let stream = shaken
+            .await
+            .map_err(|_| TunnelError::TimedOut("finish the TLS handshake"))?
+            .map_err(|error| TunnelError::Tls(Arc::new(error)))?;
+        self.telemetry
+            .observe_handshake(Direction::Outbound, began.elapsed());
+        let client = TunnelClient::handshake(self.codec, stream, &self.limits, measured).await?;
+        Ok(Tunnel {
+            client,
+            _open: Rc::new(OpenTunnel::new(self.counters.clone())),
+        })
+    }
+}
+
+impl Connector for Dialer {
+    type Context = Source;
+    type Tunnel = Tunnel;
+
+    async fn connect(&self, key: &PoolKey, source: &Source) -> Result<Tunnel, TunnelError> {
+        let result = Box::pin(self.set_up(key, source)).await;
+        if let Err(error) = &result {
+            self.counters.tunnels_failed.add();
+            tracing::debug!(%error, destination = %key.destination, source = %key.source, "no tunnel");
+        }
+        result
+    }
+
+    fn interchangeable(old: &Source, new: &Source) -> bool {
+        Arc::ptr_eq(&old.certified, &new.certified)
+    }
+}
+
+/// A tunnel in the pool.
+#[derive(Debug, Clone)]
+pub struct Tunnel {
+    /// Its client end.
+    pub client: TunnelClient,
+    _open: Rc<OpenTunnel>,
+}
+
+impl Pooled for Tunnel {
+    fn is_open(&self) -> bool {
+        self.client.is_open()
+    }
+
+    fn peer_streams(&self) -> usize {
+        self.client.peer_streams()
+    }
+}
+
+/// Keeps the count of open tunnels right.
+#[derive(Debug)]
+struct OpenTunnel(Arc<Counters>);
+
+impl OpenTunnel {
+    fn new(counters: Arc<Counters>) -> Self {
+        counters.tunnels_opened.add();
+        counters.tunnels_open.add();
+        Self(counters)
+    }
+}
+
+impl Drop for OpenTunnel {
+    fn drop(&mut self) {
+        self.0.tunnels_open.sub();
+    }
+}

@@ -1,0 +1,582 @@
+//! Connections to a local workload: tunnels (TLS, then one CONNECT per connection) and captured plaintext. Nothing
+//! reaches the application before policy has allowed it.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+    rc::Rc,
+    sync::Arc,
+    time::Instant,
+};
+
+use http::{HeaderMap, Method, StatusCode};
+use mesh_api::{identity::Identity, names::NamespacedName};
+use tokio::{
+    net::TcpStream,
+    time::{timeout, timeout_at},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use super::{
+    OWN_PORTS, never_a_destination,
+    registry::{Judged, Registered},
+    relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
+    tunnel::{
+        Incoming, TunnelServer,
+        headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
+        transport::ReadAhead,
+    },
+    unmapped,
+    worker::{Admission, Served, Worker},
+};
+use crate::{
+    capture::{DialOptions, LocalWorkload, dial},
+    discovery::model::Workload,
+    identity::peer_identity,
+    policy::{self, Authorized, Decision},
+    telemetry::{CloseReason, ConnectionInfo, Direction, OpenConnection, Party, Security},
+};
+
+/// Why an inbound connection was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum InboundError {
+    /// The request is malformed or names somebody else (400).
+    #[error("bad request: {0}")]
+    BadRequest(&'static str),
+    /// The target is the proxy itself or cannot be resolved here (503).
+    #[error("not served: {0}")]
+    NotServed(&'static str),
+    /// Discovery has not told of this workload (503). Look at the connection to the control plane.
+    #[error("the local workload is not known yet")]
+    UnknownWorkload,
+    /// Policy refuses (401).
+    #[error("denied by {}", policy.as_ref().map_or_else(|| "absence of an allowing policy".to_owned(), ToString::to_string))]
+    Denied {
+        /// The policy that matched.
+        policy: Option<NamespacedName>,
+    },
+    /// The application does not accept (503).
+    #[error("the application cannot be reached: {0}")]
+    Application(#[source] io::Error),
+    /// A limit was reached (503).
+    #[error("too many connections")]
+    Limit,
+    /// The client gave up before it was answered.
+    #[error("the client gave up")]
+    Abandoned,
+    /// A policy change or a drain closed it before it was answered.
+    #[error("closed before it was established")]
+    Closed(CloseReason),
+}
+
+impl InboundError {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::Denied { .. } | Self::Closed(CloseReason::Revoked) => StatusCode::UNAUTHORIZED,
+            Self::NotServed(_)
+            | Self::UnknownWorkload
+            | Self::Application(_)
+            | Self::Limit
+            | Self::Abandoned
+            | Self::Closed(_) => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+
+    fn reason(&self) -> CloseReason {
+        match self {
+            Self::BadRequest(_) | Self::NotServed(_) => CloseReason::BadRequest,
+            Self::UnknownWorkload => CloseReason::UnknownWorkload,
+            Self::Denied { .. } => CloseReason::Denied,
+            Self::Application(_) => CloseReason::ConnectFailed,
+            Self::Limit => CloseReason::Limit,
+            Self::Abandoned => CloseReason::ClientReset,
+            Self::Closed(reason) => *reason,
+        }
+    }
+}
+
+/// The ends of an accepted tunnel.
+#[derive(Debug, Clone)]
+struct TunnelEnds {
+    peer: SocketAddr,
+    own: SocketAddr,
+    identity: Identity,
+}
+
+/// Carries one tunnel from its accept to its end.
+pub(super) async fn serve_tunnel(
+    worker: Rc<Worker>,
+    socket: TcpStream,
+    peer: SocketAddr,
+    admission: Admission,
+) {
+    let limits = &worker.context.limits.tunnel;
+    let permit = worker
+        .handshakes
+        .enter(peer.ip(), limits.handshakes_per_source);
+    let place = worker.tunnels.enter(peer.ip(), limits.per_source);
+    let (Some(permit), Some(_place)) = (permit, place) else {
+        worker.shared.counters.source_limit.add();
+        return reset(socket);
+    };
+    let served = admission.served().clone();
+    let registered = worker.registry.enter(served.id, None);
+    let Ok(own) = socket.local_addr().map(unmapped) else {
+        return;
+    };
+    let Some((identity, server)) = Box::pin(shake_hands(&worker, &served.local, socket)).await
+    else {
+        worker.shared.counters.handshake_failures.add();
+        return;
+    };
+    drop(permit);
+    worker.shared.counters.tunnels_accepted.add();
+    serve_streams(
+        &worker,
+        &served,
+        &registered,
+        TunnelEnds {
+            peer,
+            own,
+            identity,
+        },
+        server,
+    )
+    .await;
+}
+
+type TunnelSocket = TlsStream<ReadAhead<TcpStream>>;
+
+/// TLS and the HTTP/2 preface, each with its deadline: a silent or dribbling client must not stay.
+async fn shake_hands(
+    worker: &Worker,
+    local: &LocalWorkload,
+    socket: TcpStream,
+) -> Option<(Identity, TunnelServer<TunnelSocket>)> {
+    let context = &worker.context;
+    let deadline = tokio::time::Instant::now() + context.limits.time.handshake;
+    let Some(workload) = local.workload.load_full() else {
+        tracing::debug!(workload = %local.name, "tunnel to a workload that is not known yet");
+        reset(socket);
+        return None;
+    };
+    let certified = match timeout_at(deadline, context.certificates.get(&workload.identity)).await {
+        Ok(Ok(certified)) => certified,
+        Ok(Err(error)) => {
+            tracing::warn!(%error, identity = %workload.identity, "no certificate for an inbound tunnel");
+            reset(socket);
+            return None;
+        }
+        Err(_) => {
+            tracing::warn!(identity = %workload.identity, "no certificate in time for an inbound tunnel");
+            reset(socket);
+            return None;
+        }
+    };
+    let began = Instant::now();
+    let acceptor = TlsAcceptor::from(certified.server.clone());
+    let stream = match timeout_at(deadline, acceptor.accept(ReadAhead::new(socket))).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "TLS handshake failed");
+            return None;
+        }
+        Err(_) => {
+            tracing::debug!("TLS handshake took too long");
+            return None;
+        }
+    };
+    context
+        .telemetry
+        .observe_handshake(Direction::Inbound, began.elapsed());
+    let identity = peer_identity(stream.get_ref().1.peer_certificates())?;
+    let handshake = TunnelServer::handshake(context.codec, stream, &context.limits);
+    match timeout(context.limits.time.first_frame, handshake).await {
+        Ok(Ok(server)) => Some((identity, server)),
+        Ok(Err(error)) => {
+            tracing::debug!(%error, peer = %identity, "no HTTP/2 on a tunnel");
+            None
+        }
+        Err(_) => {
+            tracing::debug!(peer = %identity, "no HTTP/2 preface in time");
+            None
+        }
+    }
+}
+
+async fn serve_streams(
+    worker: &Rc<Worker>,
+    served: &Arc<Served>,
+    registered: &Registered,
+    ends: TunnelEnds,
+    mut server: TunnelServer<TunnelSocket>,
+) {
+    let ends = Rc::new(ends);
+    let mut stopped = pin!(served.stop.cancelled());
+    let mut stopping = false;
+    loop {
+        let next = tokio::select! {
+            () = &mut stopped, if !stopping => {
+                stopping = true;
+                server.shut_down();
+                continue;
+            }
+            _ = registered.signal().closed() => return,
+            next = server.accept() => next,
+        };
+        match next {
+            Some(Ok(incoming)) => {
+                worker.spawn(serve_connect(
+                    worker.clone(),
+                    served.clone(),
+                    ends.clone(),
+                    incoming,
+                ));
+            }
+            Some(Err(error)) => {
+                tracing::debug!(%error, peer = %ends.identity, "tunnel ended");
+                return;
+            }
+            None => return,
+        }
+    }
+}
+
+/// Carries one CONNECT stream from its request to its end.
+async fn serve_connect(
+    worker: Rc<Worker>,
+    served: Arc<Served>,
+    ends: Rc<TunnelEnds>,
+    mut incoming: Incoming,
+) {
+    let began = Instant::now();
+    let Ok(_admission) = worker.shared.admit(worker.index, &served, true) else {
+        return incoming.refuse(InboundError::Limit.status());
+    };
+    let mut guest = Guest {
+        worker: &worker,
+        served: &served,
+        peer: Some(ends.identity.clone()),
+        client: ends.peer,
+        workload: served.local.workload.load_full(),
+        destination: None,
+        service: None,
+        security: Security::MutualTls,
+    };
+    guest.service = guest.service_of(&incoming.request.headers);
+    let trace = TraceParent::from_headers(&incoming.request.headers)
+        .unwrap_or_else(|| TraceParent::random(&mut rand::rng()));
+    let admitted = {
+        let request = (incoming.request.method.clone(), authority_of(&incoming));
+        let mut admit = pin!(Box::pin(guest.admit(Target::Request(
+            &request.0,
+            &request.1,
+            ends.own.ip()
+        ))));
+        tokio::select! {
+            admitted = &mut admit => admitted,
+            () = incoming.abandoned() => Err(InboundError::Abandoned),
+        }
+    };
+    let info = guest.info();
+    tracing::debug!(?trace, peer = %ends.identity, destination = ?guest.destination, "CONNECT");
+    let (app, registered) = match admitted {
+        Ok(admitted) => admitted,
+        Err(error) => {
+            worker
+                .context
+                .telemetry
+                .failed(&info, error.reason(), &error);
+            return incoming.refuse(error.status());
+        }
+    };
+    let mut headers = HeaderMap::new();
+    if let Some(value) = guest.workload.as_deref().and_then(baggage) {
+        headers.insert(BAGGAGE, value);
+    }
+    let Ok(stream) = incoming.accept(headers) else {
+        worker
+            .context
+            .telemetry
+            .failed(&info, CloseReason::ClientReset, &InboundError::Abandoned);
+        return reset(app);
+    };
+    worker.context.telemetry.observe_connect(
+        Direction::Inbound,
+        Security::MutualTls,
+        began.elapsed(),
+    );
+    let open = worker.context.telemetry.open(info);
+    let idle = worker.context.limits.time.half_close_idle;
+    let end = relay_tunnel(app, stream, &InboundMeter(&open), registered.signal(), idle).await;
+    open.finish(close_reason(end));
+}
+
+/// Carries one captured plaintext connection from its accept to its end.
+pub(super) async fn serve_plaintext(
+    worker: Rc<Worker>,
+    client: TcpStream,
+    peer: SocketAddr,
+    admission: Admission,
+) {
+    let began = Instant::now();
+    let served = admission.served().clone();
+    let Ok(destination) = client.local_addr().map(unmapped) else {
+        return reset(client);
+    };
+    let mut guest = Guest {
+        worker: &worker,
+        served: &served,
+        peer: None,
+        client: peer,
+        workload: served.local.workload.load_full(),
+        destination: None,
+        service: None,
+        security: Security::None,
+    };
+    let admitted = {
+        let mut admit = pin!(Box::pin(guest.admit(Target::Dialled(destination))));
+        tokio::select! {
+            admitted = &mut admit => admitted,
+            () = relay::broken(&client) => Err(InboundError::Abandoned),
+        }
+    };
+    let info = guest.info();
+    let (app, registered) = match admitted {
+        Ok(admitted) => admitted,
+        Err(error) => {
+            worker
+                .context
+                .telemetry
+                .failed(&info, error.reason(), &error);
+            return reset(client);
+        }
+    };
+    worker
+        .context
+        .telemetry
+        .observe_connect(Direction::Inbound, Security::None, began.elapsed());
+    let open = worker.context.telemetry.open(info);
+    let idle = worker.context.limits.time.half_close_idle;
+    let end = relay_tcp(app, client, &InboundMeter(&open), registered.signal(), idle).await;
+    open.finish(close_reason(end));
+}
+
+/// The application is near, the client far.
+fn close_reason(end: End) -> CloseReason {
+    match end {
+        End::Finished => CloseReason::Finished,
+        End::NearReset => CloseReason::ServerReset,
+        End::FarReset => CloseReason::ClientReset,
+        End::TimedOut => CloseReason::TimedOut,
+        End::Closed(reason) => reason,
+    }
+}
+
+struct InboundMeter<'a>(&'a OpenConnection);
+
+impl Meter for InboundMeter<'_> {
+    fn near_to_far(&self, bytes: usize) {
+        self.0.add_received(bytes as u64);
+    }
+
+    fn far_to_near(&self, bytes: usize) {
+        self.0.add_sent(bytes as u64);
+    }
+}
+
+fn authority_of(incoming: &Incoming) -> String {
+    incoming
+        .request
+        .uri
+        .authority()
+        .map(|authority| authority.as_str().to_owned())
+        .unwrap_or_default()
+}
+
+/// How the destination is known.
+enum Target<'a> {
+    /// Method and authority of a request, and the tunnel's own address.
+    Request(&'a Method, &'a str, IpAddr),
+    /// The address that was dialled.
+    Dialled(SocketAddr),
+}
+
+/// A connection that asks to be let in.
+struct Guest<'a> {
+    worker: &'a Rc<Worker>,
+    served: &'a Arc<Served>,
+    peer: Option<Identity>,
+    client: SocketAddr,
+    workload: Option<Arc<Workload>>,
+    destination: Option<SocketAddr>,
+    service: Option<Arc<str>>,
+    security: Security,
+}
+
+impl Guest<'_> {
+    /// Resolves the destination, asks policy, and dials the application.
+    async fn admit(&mut self, target: Target<'_>) -> Result<(TcpStream, Registered), InboundError> {
+        let local = &self.served.local;
+        let workload = self.workload.clone().ok_or(InboundError::UnknownWorkload)?;
+        let destination = match target {
+            Target::Request(method, authority, own) => request_target(
+                method,
+                authority,
+                own,
+                local,
+                &workload.namespace,
+                &workload.services,
+            )?,
+            Target::Dialled(address) => dialled_target(address, local)?,
+        };
+        self.destination = Some(destination);
+        let connection = policy::Connection {
+            peer: self.peer.clone(),
+            source: self.client.ip(),
+            destination,
+        };
+        // Entered before policy is asked, so that a change in between is not missed.
+        let judged = Judged {
+            local: local.clone(),
+            connection: connection.clone(),
+        };
+        let registered = self.worker.registry.enter(self.served.id, Some(judged));
+        let decision = policy::authorize(&self.worker.context.mesh.read(), &workload, &connection);
+        let proof = match decision {
+            Decision::Allowed(proof) => proof,
+            Decision::Denied { policy } => return Err(InboundError::Denied { policy }),
+        };
+        let limit = self.worker.context.limits.time.connect;
+        let app = tokio::select! {
+            reason = registered.signal().closed() => return Err(InboundError::Closed(reason)),
+            app = timeout(limit, dial_application(proof, local, destination, self.client.ip())) => app,
+        };
+        match app {
+            Ok(Ok(app)) => Ok((app, registered)),
+            Ok(Err(error)) => Err(InboundError::Application(error)),
+            Err(_) => Err(InboundError::Application(io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    fn info(&self) -> ConnectionInfo {
+        let found = self
+            .worker
+            .context
+            .mesh
+            .read()
+            .workload_by_address(self.client.ip());
+        // An address may have changed hands; the certificate has not.
+        let source = found.filter(|found| {
+            self.peer
+                .as_ref()
+                .is_none_or(|peer| *peer == found.identity)
+        });
+        ConnectionInfo {
+            direction: Direction::Inbound,
+            source: Party {
+                workload: source,
+                identity: self.peer.clone(),
+                address: Some(self.client),
+            },
+            destination: Party {
+                identity: self
+                    .workload
+                    .as_ref()
+                    .map(|workload| workload.identity.clone()),
+                workload: self.workload.clone(),
+                address: self.destination,
+            },
+            service: self.service.clone(),
+            security: self.security,
+        }
+    }
+
+    /// The service that the client says it addressed, if this workload belongs to it.
+    fn service_of(&self, headers: &HeaderMap) -> Option<Arc<str>> {
+        let host = forwarded_host(headers)?;
+        let services = &self.workload.as_ref()?.services;
+        services
+            .keys()
+            .find(|key| key.name.eq_ignore_ascii_case(host))
+            .map(|key| key.to_string().into())
+    }
+}
+
+/// Dials the application from the client's own address. Only a connection that policy allowed gets here.
+async fn dial_application(
+    _proof: Authorized,
+    local: &LocalWorkload,
+    destination: SocketAddr,
+    client: IpAddr,
+) -> io::Result<TcpStream> {
+    // The workload calling itself: its address is the namespace's own already.
+    let source =
+        (client != destination.ip() && client.is_ipv4() == destination.is_ipv4()).then_some(client);
+    dial(local, destination, DialOptions { source }).await
+}
+
+/// The application address that a CONNECT request means: always the workload's own, only the port is the client's
+/// choice.
+fn request_target(
+    method: &Method,
+    authority: &str,
+    own: IpAddr,
+    local: &LocalWorkload,
+    namespace: &str,
+    services: &BTreeMap<NamespacedName, BTreeMap<u16, u16>>,
+) -> Result<SocketAddr, InboundError> {
+    if *method != Method::CONNECT {
+        return Err(InboundError::BadRequest("method is not CONNECT"));
+    }
+    let port = match parse_authority(authority) {
+        Ok(Authority::Address(address)) if address.ip() != own => {
+            return Err(InboundError::BadRequest(
+                "authority is not the address that was dialled",
+            ));
+        }
+        Ok(Authority::Address(address)) => address.port(),
+        Ok(Authority::Host(host, port)) => service_port(&host, port, namespace, services)
+            .ok_or(InboundError::NotServed("service or port unknown"))?,
+        Err(_) => {
+            return Err(InboundError::BadRequest(
+                "authority is not an address or host name with a port",
+            ));
+        }
+    };
+    dialled_target(SocketAddr::new(own, port), local)
+}
+
+/// The target port of a service that this workload belongs to; services of its own namespace first.
+fn service_port(
+    host: &str,
+    port: u16,
+    namespace: &str,
+    services: &BTreeMap<NamespacedName, BTreeMap<u16, u16>>,
+) -> Option<u16> {
+    let named = || {
+        services
+            .iter()
+            .filter(|(key, _)| key.name.eq_ignore_ascii_case(host))
+    };
+    let own = named().find(|(key, _)| *key.namespace == *namespace);
+    let (_, ports) = own.or_else(|| named().next())?;
+    ports.get(&port).copied().filter(|target| *target != 0)
+}
+
+/// Refuses destinations that are not the application's: others' addresses, loopback, the proxy's own ports.
+fn dialled_target(address: SocketAddr, local: &LocalWorkload) -> Result<SocketAddr, InboundError> {
+    if never_a_destination(address.ip()) || !local.owns(address.ip()) {
+        return Err(InboundError::BadRequest("address is not this workload's"));
+    }
+    if OWN_PORTS.contains(&address.port()) {
+        return Err(InboundError::NotServed("port is the proxy's own"));
+    }
+    Ok(address)
+}
+
+#[cfg(test)]
+mod tests;

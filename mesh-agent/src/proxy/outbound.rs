@@ -1,0 +1,549 @@
+//! Captured outbound connections: who dials where, and how it gets there.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::pin,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use http::{HeaderMap, StatusCode};
+use tokio::{net::TcpStream, time::timeout};
+
+use super::{
+    OWN_PORTS,
+    connect::{Dialer, Source},
+    never_a_destination,
+    pool::{Lease, PoolKey},
+    relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
+    tunnel::{
+        ConnectRequest, TunnelError, TunnelStream,
+        headers::{BAGGAGE, FORWARDED, TRACEPARENT, TraceParent, baggage, forwarded},
+    },
+    unmapped,
+    worker::{Admission, Worker},
+};
+use crate::{
+    capture::{DialOptions, LocalWorkload, TUNNEL_PORT, Verdict, dial},
+    discovery::model::{Endpoint, Route, SameNode, Service, Tunnel, Workload},
+    policy::{self, Decision},
+    sys::socket::tcp_statistics,
+    telemetry::{CloseReason, ConnectionInfo, Direction, OpenConnection, Party, Security},
+};
+
+/// Endpoints that are tried for one connection: the first choice and, before the first byte, one other.
+const ENDPOINT_ATTEMPTS: usize = 2;
+/// Tunnels that are tried for one endpoint when the peer says that it has not looked at the stream.
+const TUNNEL_ATTEMPTS: usize = 3;
+
+/// Why an outbound connection did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum OutboundError {
+    /// The destination is this machine, this proxy, nobody or everybody.
+    #[error("destination {0} is never served")]
+    Destination(SocketAddr),
+    /// Discovery has not told of the workload that dials. Look at the connection to the control plane.
+    #[error("the dialling workload is not known yet")]
+    UnknownWorkload,
+    /// The service has no endpoint for this port.
+    #[error("the service has no usable endpoint")]
+    NoEndpoint,
+    /// Plain TCP to the destination failed.
+    #[error("cannot connect to {0}: {1}")]
+    Dial(SocketAddr, #[source] io::Error),
+    /// Plain TCP to the destination was not answered.
+    #[error("{0} did not answer in time")]
+    TimedOut(SocketAddr),
+    /// The tunnel, or the peer's answer.
+    #[error(transparent)]
+    Tunnel(#[from] TunnelError),
+    /// The application gave up while we were connecting.
+    #[error("the client gave up")]
+    Abandoned,
+    /// The agent drains, or the workload is no longer served.
+    #[error("the connection was closed while it was being established")]
+    Closed(CloseReason),
+}
+
+impl OutboundError {
+    fn elsewhere(&self) -> bool {
+        match self {
+            Self::Dial(..) | Self::TimedOut(_) => true,
+            Self::Tunnel(error) => error.elsewhere(),
+            Self::Destination(_)
+            | Self::UnknownWorkload
+            | Self::NoEndpoint
+            | Self::Abandoned
+            | Self::Closed(_) => false,
+        }
+    }
+
+    fn denied(&self) -> bool {
+        matches!(
+            self,
+            Self::Tunnel(TunnelError::Refused(StatusCode::UNAUTHORIZED))
+        )
+    }
+
+    fn reason(&self) -> CloseReason {
+        match self {
+            Self::Destination(_) => CloseReason::BadRequest,
+            Self::UnknownWorkload => CloseReason::UnknownWorkload,
+            Self::NoEndpoint => CloseReason::NoEndpoint,
+            Self::Abandoned => CloseReason::ClientReset,
+            Self::Closed(reason) => *reason,
+            Self::Dial(..) | Self::TimedOut(_) => CloseReason::ConnectFailed,
+            Self::Tunnel(error) => match error {
+                TunnelError::Refused(StatusCode::UNAUTHORIZED) => CloseReason::Denied,
+                TunnelError::Refused(status) if status.is_client_error() => CloseReason::BadRequest,
+                TunnelError::Refused(_) | TunnelError::Dial(_) | TunnelError::TimedOut(_) => {
+                    CloseReason::ConnectFailed
+                }
+                TunnelError::NoCertificate(_) => CloseReason::NoCertificate,
+                TunnelError::Limit => CloseReason::Limit,
+                TunnelError::Tls(_) | TunnelError::Protocol(_) | TunnelError::NotTaken => {
+                    CloseReason::TunnelFailed
+                }
+            },
+        }
+    }
+}
+
+/// Where a connection goes, once established.
+enum Upstream {
+    Tunnel(TunnelStream, Lease<Dialer>),
+    Plain(TcpStream),
+}
+
+/// Carries one captured connection from its accept to its end.
+pub(super) async fn serve(
+    worker: Rc<Worker>,
+    app: TcpStream,
+    client: SocketAddr,
+    admission: Admission,
+) {
+    let began = Instant::now();
+    let local = admission.served().local.clone();
+    let registered = worker.registry.enter(admission.served().id, None);
+    let Ok(destination) = app.local_addr().map(unmapped) else {
+        return reset(app);
+    };
+    let mut attempt = Box::new(Attempt::new(&worker, &local, client, destination));
+    let established = {
+        let mut establish = pin!(Box::pin(attempt.establish()));
+        tokio::select! {
+            established = &mut establish => established,
+            () = relay::broken(&app) => Err(OutboundError::Abandoned),
+            reason = registered.signal().closed() => Err(OutboundError::Closed(reason)),
+        }
+    };
+    let info = attempt.info();
+    let upstream = match established {
+        Ok(upstream) => upstream,
+        Err(error) => {
+            attempt.learn_refusal(&error);
+            worker
+                .context
+                .telemetry
+                .failed(&info, error.reason(), &error);
+            return reset(app);
+        }
+    };
+    attempt.learn_success();
+    drop(attempt);
+    worker
+        .context
+        .telemetry
+        .observe_connect(Direction::Outbound, info.security, began.elapsed());
+    let open = worker.context.telemetry.open(info);
+    let idle = worker.context.limits.time.half_close_idle;
+    let meter = OutboundMeter(&open);
+    let end = match upstream {
+        Upstream::Tunnel(stream, lease) => {
+            let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
+            if let Some(statistics) = lease.tunnel().client.tcp_statistics() {
+                open.observe_tcp(statistics);
+            }
+            end
+        }
+        Upstream::Plain(upstream) => {
+            if let Ok(statistics) = tcp_statistics(std::os::fd::AsFd::as_fd(&upstream)) {
+                open.observe_tcp(statistics);
+            }
+            relay_tcp(app, upstream, &meter, registered.signal(), idle).await
+        }
+    };
+    open.finish(close_reason(end));
+}
+
+fn close_reason(end: End) -> CloseReason {
+    match end {
+        End::Finished => CloseReason::Finished,
+        End::NearReset => CloseReason::ClientReset,
+        End::FarReset => CloseReason::ServerReset,
+        End::TimedOut => CloseReason::TimedOut,
+        End::Closed(reason) => reason,
+    }
+}
+
+struct OutboundMeter<'a>(&'a OpenConnection);
+
+impl Meter for OutboundMeter<'_> {
+    fn near_to_far(&self, bytes: usize) {
+        self.0.add_sent(bytes as u64);
+    }
+
+    fn far_to_near(&self, bytes: usize) {
+        self.0.add_received(bytes as u64);
+    }
+}
+
+/// What the kernel may be told once the outcome is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lesson {
+    /// Nothing.
+    None,
+    /// On success the destination is outside the mesh.
+    Outside,
+    /// On success the destination is this node's, by its own address, through a tunnel; policy is asked.
+    SameNode,
+}
+
+/// One attempt to find out where a connection goes and to get it there.
+struct Attempt<'a> {
+    worker: &'a Rc<Worker>,
+    local: &'a Arc<LocalWorkload>,
+    client: SocketAddr,
+    destination: SocketAddr,
+    /// Read before anything was decided: what is learnt holds for it only.
+    generation: u64,
+    source: Option<Arc<Workload>>,
+    service: Option<Arc<Service>>,
+    endpoint: Option<Endpoint>,
+    /// A refusal holds for the whole destination, not for one of several endpoints.
+    single: bool,
+    lesson: Lesson,
+}
+
+impl<'a> Attempt<'a> {
+    fn new(
+        worker: &'a Rc<Worker>,
+        local: &'a Arc<LocalWorkload>,
+        client: SocketAddr,
+        destination: SocketAddr,
+    ) -> Self {
+        Self {
+            worker,
+            local,
+            client,
+            destination,
+            generation: worker.generation(),
+            source: local.workload.load_full(),
+            service: None,
+            endpoint: None,
+            single: false,
+            lesson: Lesson::None,
+        }
+    }
+
+    async fn establish(&mut self) -> Result<Upstream, OutboundError> {
+        let own_port =
+            OWN_PORTS.contains(&self.destination.port()) && self.local.owns(self.destination.ip());
+        if own_port || never_a_destination(self.destination.ip()) {
+            return Err(OutboundError::Destination(self.destination));
+        }
+        let source = self.source.clone().ok_or(OutboundError::UnknownWorkload)?;
+        let route = self
+            .worker
+            .context
+            .mesh
+            .read()
+            .route(&source, self.destination);
+        match route {
+            Route::Passthrough => {
+                self.lesson = Lesson::Outside;
+                self.plain(self.destination).await
+            }
+            Route::NoEndpoint { service } => {
+                self.service = Some(service);
+                Err(OutboundError::NoEndpoint)
+            }
+            Route::Workload(endpoint) => {
+                self.single = true;
+                self.lesson = Lesson::SameNode;
+                self.to_endpoint(&source, endpoint).await
+            }
+            Route::Service { service, endpoints } => {
+                self.single = endpoints.len() == 1;
+                self.service = Some(service);
+                self.to_service(&source, &endpoints).await
+            }
+        }
+    }
+
+    async fn to_service(
+        &mut self,
+        source: &Workload,
+        endpoints: &[Endpoint],
+    ) -> Result<Upstream, OutboundError> {
+        let mut exclude = None;
+        let mut last = OutboundError::NoEndpoint;
+        for _ in 0..ENDPOINT_ATTEMPTS {
+            let Some(endpoint) = choose(endpoints, exclude) else {
+                break;
+            };
+            match self.to_endpoint(source, endpoint.clone()).await {
+                Ok(upstream) => return Ok(upstream),
+                Err(error) if error.elsewhere() => {
+                    exclude = Some(endpoint.address);
+                    last = error;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(last)
+    }
+
+    async fn to_endpoint(
+        &mut self,
+        source: &Workload,
+        endpoint: Endpoint,
+    ) -> Result<Upstream, OutboundError> {
+        self.endpoint = Some(endpoint.clone());
+        match endpoint.workload.tunnel {
+            Tunnel::None => self.plain(endpoint.address).await,
+            Tunnel::Hbone => self.through_tunnel(source, &endpoint).await,
+        }
+    }
+
+    async fn plain(&self, destination: SocketAddr) -> Result<Upstream, OutboundError> {
+        let limit = self.worker.context.limits.time.connect;
+        match timeout(limit, dial(self.local, destination, DialOptions::default())).await {
+            Ok(Ok(socket)) => Ok(Upstream::Plain(socket)),
+            Ok(Err(error)) => Err(OutboundError::Dial(destination, error)),
+            Err(_) => Err(OutboundError::TimedOut(destination)),
+        }
+    }
+
+    async fn through_tunnel(
+        &self,
+        source: &Workload,
+        endpoint: &Endpoint,
+    ) -> Result<Upstream, OutboundError> {
+        let certificates = &self.worker.context.certificates;
+        let certified = match certificates.current(&source.identity) {
+            Some(certified) => certified,
+            None => certificates
+                .get(&source.identity)
+                .await
+                .map_err(TunnelError::NoCertificate)?,
+        };
+        let key = PoolKey {
+            source: source.identity.clone(),
+            expected: endpoint.identities.clone(),
+            destination: SocketAddr::new(endpoint.address.ip(), TUNNEL_PORT),
+            netns: self.local.cookie(),
+            source_address: None,
+            roots: certified.roots_fingerprint,
+        };
+        let context = Source {
+            local: self.local.clone(),
+            certified,
+        };
+        let request = self.request(source, endpoint);
+        let limit: Duration = self.worker.context.limits.time.connect;
+        let mut last = TunnelError::NotTaken;
+        for _ in 0..TUNNEL_ATTEMPTS {
+            let lease = self.worker.pool.lease(&key, &context).await?;
+            let opened = timeout(limit, lease.tunnel().client.open(request.clone())).await;
+            match opened.unwrap_or(Err(TunnelError::TimedOut("answer CONNECT"))) {
+                Ok((stream, _)) => return Ok(Upstream::Tunnel(stream, lease)),
+                Err(error @ TunnelError::NotTaken) => last = error,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(last.into())
+    }
+
+    fn request(&self, source: &Workload, endpoint: &Endpoint) -> ConnectRequest {
+        let host = self.service.as_ref().map(|service| &*service.key.name);
+        let trace = TraceParent::random(&mut rand::rng());
+        tracing::debug!(?trace, destination = %endpoint.address, "CONNECT");
+        let mut headers = HeaderMap::with_capacity(3);
+        let values = [
+            (BAGGAGE, baggage(source)),
+            (FORWARDED, forwarded(self.client, host)),
+            (TRACEPARENT, trace.header()),
+        ];
+        for (name, value) in values {
+            if let Some(value) = value {
+                headers.insert(name, value);
+            }
+        }
+        ConnectRequest {
+            authority: endpoint.address.to_string(),
+            headers,
+        }
+    }
+
+    fn info(&self) -> ConnectionInfo {
+        let tunnelled = self
+            .endpoint
+            .as_ref()
+            .is_some_and(|endpoint| endpoint.workload.tunnel == Tunnel::Hbone);
+        ConnectionInfo {
+            direction: Direction::Outbound,
+            source: Party {
+                identity: self.source.as_ref().map(|source| source.identity.clone()),
+                workload: self.source.clone(),
+                address: Some(self.client),
+            },
+            destination: Party {
+                workload: self
+                    .endpoint
+                    .as_ref()
+                    .map(|endpoint| endpoint.workload.clone()),
+                identity: self
+                    .endpoint
+                    .as_ref()
+                    .filter(|_| tunnelled)
+                    .and_then(|endpoint| endpoint.identities.first().cloned()),
+                address: Some(
+                    self.endpoint
+                        .as_ref()
+                        .map_or(self.destination, |endpoint| endpoint.address),
+                ),
+            },
+            service: self
+                .service
+                .as_ref()
+                .map(|service| service.key.to_string().into()),
+            security: if tunnelled {
+                Security::MutualTls
+            } else {
+                Security::None
+            },
+        }
+    }
+
+    fn learn_refusal(&self, error: &OutboundError) {
+        if error.denied() && self.single {
+            self.remember(Verdict::Denied);
+        }
+    }
+
+    fn learn_success(&self) {
+        match self.lesson {
+            Lesson::None => {}
+            Lesson::Outside => self.remember(Verdict::Pass),
+            Lesson::SameNode if self.may_stay_in_kernel() => self.remember(Verdict::SameNode),
+            Lesson::SameNode => {}
+        }
+    }
+
+    fn remember(&self, verdict: Verdict) {
+        self.worker.context.verdicts.remember(
+            self.local,
+            self.destination,
+            self.generation,
+            verdict,
+        );
+    }
+
+    /// Whether the next connection may go from application to application in the kernel: both on this node, both
+    /// without a wish for more, and allowed by the destination's policy, which nobody asks then.
+    fn may_stay_in_kernel(&self) -> bool {
+        let (Some(source), Some(endpoint)) = (&self.source, &self.endpoint) else {
+            return false;
+        };
+        let workload = &endpoint.workload;
+        if !kernel_eligible(source, workload, &self.worker.context.node) {
+            return false;
+        }
+        let connection = policy::Connection {
+            peer: Some(source.identity.clone()),
+            source: self.client.ip(),
+            destination: endpoint.address,
+        };
+        let decision = policy::authorize(&self.worker.context.mesh.read(), workload, &connection);
+        matches!(decision, Decision::Allowed(_))
+    }
+}
+
+fn kernel_eligible(source: &Workload, destination: &Workload, node: &str) -> bool {
+    let wish = |workload: &Workload| workload.capture.same_node == SameNode::Kernel;
+    *destination.node == *node
+        && destination.tunnel == Tunnel::Hbone
+        && !destination.host_network
+        && wish(source)
+        && wish(destination)
+}
+
+/// The endpoint to try next, never the one that has just failed.
+fn choose(endpoints: &[Endpoint], exclude: Option<SocketAddr>) -> Option<&Endpoint> {
+    endpoints
+        .iter()
+        .find(|endpoint| Some(endpoint.address) != exclude)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::testing::workload;
+
+    #[test]
+    fn only_a_tunnelled_workload_of_this_node_that_wants_it_stays_in_the_kernel() {
+        let source = workload("web", "10.1.0.4");
+        let good = workload("cart", "10.1.0.5");
+        assert!(kernel_eligible(&source, &good, "node-a"));
+        assert!(!kernel_eligible(&source, &good, "node-b"), "other node");
+        let plain = Workload {
+            tunnel: Tunnel::None,
+            ..good.clone()
+        };
+        assert!(!kernel_eligible(&source, &plain, "node-a"), "not enrolled");
+        let mut wants_tls = good.clone();
+        wants_tls.capture.same_node = SameNode::Tunnel;
+        assert!(
+            !kernel_eligible(&source, &wants_tls, "node-a"),
+            "destination wants TLS"
+        );
+        assert!(
+            !kernel_eligible(&wants_tls, &good, "node-a"),
+            "source wants TLS"
+        );
+        let host = Workload {
+            host_network: true,
+            ..good
+        };
+        assert!(!kernel_eligible(&source, &host, "node-a"), "host network");
+    }
+
+    #[test]
+    fn a_refusal_is_final_and_a_failure_is_tried_elsewhere() {
+        let refused = |status| OutboundError::Tunnel(TunnelError::Refused(status));
+        assert!(!refused(StatusCode::UNAUTHORIZED).elsewhere());
+        assert!(refused(StatusCode::UNAUTHORIZED).denied());
+        assert!(!refused(StatusCode::BAD_REQUEST).elsewhere());
+        assert!(refused(StatusCode::SERVICE_UNAVAILABLE).elsewhere());
+        assert!(!refused(StatusCode::SERVICE_UNAVAILABLE).denied());
+        assert!(OutboundError::Tunnel(TunnelError::TimedOut("answer")).elsewhere());
+        assert!(!OutboundError::Tunnel(TunnelError::Limit).elsewhere());
+    }
+
+    #[test]
+    fn the_failed_endpoint_is_not_tried_again() {
+        let endpoint = |address: &str| Endpoint {
+            workload: Arc::new(workload("cart", "10.1.0.5")),
+            address: address.parse().expect("literal"),
+            identities: Arc::from([]),
+        };
+        let endpoints = [endpoint("10.1.0.5:80"), endpoint("10.1.0.6:80")];
+        let first = choose(&endpoints, None).expect("two there").address;
+        let second = choose(&endpoints, Some(first)).expect("one left").address;
+        assert_ne!(first, second);
+        assert_eq!(choose(&endpoints[..1], Some(first)), None);
+    }
+}

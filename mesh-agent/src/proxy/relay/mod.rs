@@ -1,0 +1,285 @@
+//! Moves bytes between an application's socket and the other side, a tunnel stream or a socket, and keeps TCP's
+//! truth: FIN stays FIN, RST stays RST, a half-closed connection works, a slow reader slows the writer down, and
+//! nothing that was sent before a FIN is lost.
+//!
+//! *Near* is the local application's socket, *far* the other side. Each direction is a small state machine polled by
+//! hand, so that an idle connection holds no buffer and no boxed future.
+
+use std::{
+    cell::Cell,
+    future::{Future, poll_fn},
+    io::{self, Read},
+    net::Shutdown,
+    os::fd::AsFd,
+    pin::pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use socket2::SockRef;
+use tokio::{io::Interest, net::TcpStream, time::sleep};
+
+use super::registry::CloseSignal;
+use crate::{sys::socket::set_reset_on_close, telemetry::CloseReason};
+
+mod tcp;
+mod tunnel;
+
+pub use tcp::relay_tcp;
+pub use tunnel::relay_tunnel;
+
+/// Reads, or writes, of one direction before the other has its turn and other connections have theirs: with large
+/// buffers 2 MiB.
+const TURN: usize = 8;
+
+/// Counts bytes that were passed on.
+pub trait Meter {
+    /// From the application to the other side.
+    fn near_to_far(&self, bytes: usize);
+    /// From the other side to the application.
+    fn far_to_near(&self, bytes: usize);
+}
+
+/// How a relayed connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Both directions ended with FIN.
+    Finished,
+    /// The application reset it.
+    NearReset,
+    /// The other side reset it, or the tunnel is gone.
+    FarReset,
+    /// Half-closed and silent for too long.
+    TimedOut,
+    /// Told to end.
+    Closed(CloseReason),
+}
+
+/// Which side broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    Near,
+    Far,
+}
+
+/// One direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    Open,
+    /// FIN was passed on.
+    Finished,
+    /// It broke; the other direction may still have bytes that came before.
+    Broken(Fault),
+}
+
+impl Flow {
+    fn settle(outcome: Result<(), Fault>) -> Self {
+        match outcome {
+            Ok(()) => Self::Finished,
+            Err(fault) => Self::Broken(fault),
+        }
+    }
+}
+
+/// Both directions of a connection, as the loop below drives them.
+trait Directions {
+    /// Application to other side; ready when FIN was passed on or it broke.
+    fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>>;
+    /// Other side to application; ready when FIN was passed on or it broke.
+    fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>>;
+    /// Ready when the other side broke although it had finished its own direction.
+    fn poll_far_reset(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+    /// From now on only what the application had sent already is passed on.
+    fn near_is_gone(&mut self);
+    /// Bytes passed on since the beginning; only its changes matter.
+    fn moved(&self) -> &Cell<u64>;
+}
+
+/// Where the two directions stand.
+struct Drive<D> {
+    directions: D,
+    up: Flow,
+    down: Flow,
+    down_first: bool,
+}
+
+impl<D: Directions> Drive<D> {
+    fn new(directions: D) -> Self {
+        Self {
+            directions,
+            up: Flow::Open,
+            down: Flow::Open,
+            down_first: false,
+        }
+    }
+
+    /// Runs both directions. Ready with the end, or with `None` when `until_half` and one of them has finished.
+    fn poll(&mut self, cx: &mut Context<'_>, until_half: bool) -> Poll<Option<End>> {
+        // The one that went first may use up the task's budget, so they take turns.
+        self.down_first = !self.down_first;
+        if self.down_first {
+            self.poll_down(cx);
+            self.poll_up(cx);
+        } else {
+            self.poll_up(cx);
+            self.poll_down(cx);
+        }
+        let end = match (self.up, self.down) {
+            (Flow::Finished, Flow::Finished) => Some(End::Finished),
+            (Flow::Broken(Fault::Near), _) => Some(End::NearReset),
+            (_, Flow::Broken(Fault::Far)) => Some(End::FarReset),
+            (Flow::Broken(Fault::Far), Flow::Finished) => Some(End::FarReset),
+            (Flow::Finished, Flow::Broken(Fault::Near)) => Some(End::NearReset),
+            (Flow::Broken(Fault::Far), Flow::Broken(Fault::Near)) => Some(End::NearReset),
+            // Bytes that came before the break are still on their way.
+            (Flow::Open, _) | (_, Flow::Open) => None,
+        };
+        let half = until_half && (self.up != Flow::Open || self.down != Flow::Open);
+        match end {
+            Some(end) => Poll::Ready(Some(end)),
+            None if half => Poll::Ready(None),
+            None => Poll::Pending,
+        }
+    }
+
+    fn poll_up(&mut self, cx: &mut Context<'_>) {
+        if self.up != Flow::Open {
+            return;
+        }
+        if let Poll::Ready(outcome) = self.directions.poll_up(cx) {
+            self.up = Flow::settle(outcome);
+        } else if self.down == Flow::Finished && self.directions.poll_far_reset(cx).is_ready() {
+            self.up = Flow::Broken(Fault::Far);
+        } else if self.down == Flow::Broken(Fault::Near) {
+            // The application is gone and the other side takes no more.
+            self.up = Flow::Broken(Fault::Near);
+        }
+    }
+
+    fn poll_down(&mut self, cx: &mut Context<'_>) {
+        if self.down != Flow::Open {
+            return;
+        }
+        if let Poll::Ready(outcome) = self.directions.poll_down(cx) {
+            self.down = Flow::settle(outcome);
+            if self.down == Flow::Broken(Fault::Near) {
+                self.directions.near_is_gone();
+                cx.waker().wake_by_ref();
+            }
+        }
+    }
+}
+
+/// Drives both directions to the end. A socket is watched for a reset once nothing is read from it any more.
+async fn drive<D: Directions>(
+    near: &TcpStream,
+    far: Option<&TcpStream>,
+    drive: &mut Drive<D>,
+    close: &CloseSignal,
+    half_close_idle: Duration,
+) -> End {
+    let first = poll_fn(|cx| {
+        if let Poll::Ready(reason) = close.poll(cx) {
+            return Poll::Ready(Some(End::Closed(reason)));
+        }
+        drive.poll(cx, true)
+    });
+    if let Some(end) = first.await {
+        return end;
+    }
+    let (watched, end_if_broken) = match drive.up {
+        Flow::Finished => (Some(near), End::NearReset),
+        _ => (far.filter(|_| drive.down == Flow::Finished), End::FarReset),
+    };
+    let mut watch = pin!(async {
+        match watched {
+            Some(socket) => broken(socket).await,
+            None => std::future::pending().await,
+        }
+    });
+    let mut seen = drive.directions.moved().get();
+    let mut idle = pin!(sleep(half_close_idle));
+    poll_fn(|cx| {
+        if let Poll::Ready(reason) = close.poll(cx) {
+            return Poll::Ready(End::Closed(reason));
+        }
+        if let Poll::Ready(Some(end)) = drive.poll(cx, false) {
+            return Poll::Ready(end);
+        }
+        if watch.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(end_if_broken);
+        }
+        while idle.as_mut().poll(cx).is_ready() {
+            let moved = drive.directions.moved().get();
+            if moved == seen {
+                return Poll::Ready(End::TimedOut);
+            }
+            seen = moved;
+            idle.set(sleep(half_close_idle));
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+/// Waits until a socket has an error, which is how RST shows when nobody reads or writes.
+pub async fn broken(socket: &TcpStream) {
+    loop {
+        match socket.ready(Interest::ERROR).await {
+            Ok(ready) if ready.is_error() => return,
+            Ok(_) => tokio::task::yield_now().await,
+            Err(_) => return,
+        }
+    }
+}
+
+/// Closes a socket with RST, so that its peer does not take the end for a clean one.
+pub fn reset(socket: TcpStream) {
+    if let Err(error) = set_reset_on_close(socket.as_fd()) {
+        tracing::debug!(%error, "cannot make the socket end with RST");
+    }
+    drop(socket);
+}
+
+/// One read. A read that does not fill `into` has emptied the socket: readiness is then cleared at once, which saves
+/// the call that would only say so (epoll is edge triggered: newer bytes make a newer event).
+fn read(socket: &TcpStream, into: &mut [u8]) -> io::Result<usize> {
+    let mut got = None;
+    let result = socket.try_io(Interest::READABLE, || {
+        let read = (&*SockRef::from(socket)).read(into)?;
+        got = Some(read);
+        if read > 0 && read < into.len() {
+            Err(io::ErrorKind::WouldBlock.into())
+        } else {
+            Ok(read)
+        }
+    });
+    match (result, got) {
+        (_, Some(read)) => Ok(read),
+        (result, None) => result,
+    }
+}
+
+/// Passes FIN on. A socket that is gone already reports that elsewhere.
+fn finish(socket: &TcpStream) {
+    if let Err(error) = SockRef::from(socket).shutdown(Shutdown::Write) {
+        tracing::trace!(%error, "socket was gone before its FIN");
+    }
+}
+
+/// Whether an I/O error means "not now".
+fn would_block(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}
+
+/// Lets other tasks run before this direction goes on.
+fn turn_over<T>(cx: &Context<'_>) -> Poll<T> {
+    cx.waker().wake_by_ref();
+    Poll::Pending
+}
+
+#[cfg(test)]
+mod tests;

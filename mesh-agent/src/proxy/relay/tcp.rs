@@ -1,0 +1,189 @@
+//! Application socket and another socket: destinations outside the mesh, and applications behind plaintext.
+
+use std::{
+    cell::Cell,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::net::TcpStream;
+
+use super::{
+    Directions, Drive, End, Fault, Flow, Meter, TURN, drive, finish, read, reset, turn_over,
+    would_block,
+};
+use crate::proxy::{
+    buffers::{Buffer, Size},
+    registry::CloseSignal,
+};
+
+/// What one direction has read and not yet written.
+struct Pipe {
+    held: Option<Buffer>,
+    written: usize,
+    size: Size,
+}
+
+/// Which end of a pipe failed.
+enum PipeError {
+    Read,
+    Write,
+}
+
+impl Pipe {
+    const fn new() -> Self {
+        Self {
+            held: None,
+            written: 0,
+            size: Size::Small,
+        }
+    }
+
+    /// Ready when FIN was passed on or an end failed. `last` reads without waiting and takes an empty socket for a
+    /// failed one.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &TcpStream,
+        to: &TcpStream,
+        last: bool,
+        mut passed: impl FnMut(usize),
+    ) -> Poll<Result<(), PipeError>> {
+        // What a socket that is gone still holds is bounded by its receive buffer.
+        let turn = if last { usize::MAX } else { TURN };
+        for _ in 0..turn {
+            if let Some(held) = &self.held {
+                if ready!(to.poll_write_ready(cx)).is_err() {
+                    return Poll::Ready(Err(PipeError::Write));
+                }
+                match to.try_write(held.filled().get(self.written..).unwrap_or_default()) {
+                    Ok(count) => {
+                        passed(count);
+                        self.written += count;
+                        if self.written >= held.filled().len() {
+                            self.held = None;
+                            self.written = 0;
+                        }
+                    }
+                    Err(error) if would_block(&error) => {}
+                    Err(_) => return Poll::Ready(Err(PipeError::Write)),
+                }
+                continue;
+            }
+            if !last && ready!(from.poll_read_ready(cx)).is_err() {
+                return Poll::Ready(Err(PipeError::Read));
+            }
+            let mut buffer = Buffer::take(self.size);
+            match read(from, buffer.memory()) {
+                Ok(0) if last => return Poll::Ready(Err(PipeError::Read)),
+                Ok(0) => {
+                    finish(to);
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(count) => {
+                    buffer.set_filled(count);
+                    self.size = self.size.after_read(count);
+                    self.held = Some(buffer);
+                }
+                Err(error) if would_block(&error) && last => {
+                    return Poll::Ready(Err(PipeError::Read));
+                }
+                Err(error) if would_block(&error) => {}
+                Err(_) => return Poll::Ready(Err(PipeError::Read)),
+            }
+        }
+        turn_over(cx)
+    }
+}
+
+struct TcpDirections<'a, M> {
+    near: &'a TcpStream,
+    far: &'a TcpStream,
+    meter: &'a M,
+    up: Pipe,
+    down: Pipe,
+    moved: Cell<u64>,
+    near_gone: bool,
+}
+
+/// Moves bytes between two sockets until both directions have ended or one side broke, and closes both accordingly.
+pub async fn relay_tcp<M: Meter>(
+    near: TcpStream,
+    far: TcpStream,
+    meter: &M,
+    close: &CloseSignal,
+    half_close_idle: Duration,
+) -> End {
+    let directions = TcpDirections {
+        near: &near,
+        far: &far,
+        meter,
+        up: Pipe::new(),
+        down: Pipe::new(),
+        moved: Cell::new(0),
+        near_gone: false,
+    };
+    let mut state = Drive::new(directions);
+    let end = drive(&near, Some(&far), &mut state, close, half_close_idle).await;
+    let (up, down) = (state.up, state.down);
+    drop(state);
+    match end {
+        End::Finished => {}
+        // A side that has already had its FIN is closed plainly: bytes before it may still be on their way.
+        End::NearReset if up == Flow::Finished => {}
+        End::FarReset if down == Flow::Finished => {}
+        End::NearReset => return reset_one(far, end),
+        End::FarReset => return reset_one(near, end),
+        End::TimedOut | End::Closed(_) => {
+            reset(near);
+            reset(far);
+        }
+    }
+    end
+}
+
+fn reset_one(socket: TcpStream, end: End) -> End {
+    reset(socket);
+    end
+}
+
+impl<M: Meter> Directions for TcpDirections<'_, M> {
+    fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        let (meter, moved) = (self.meter, &self.moved);
+        let outcome = ready!(
+            self.up
+                .poll(cx, self.near, self.far, self.near_gone, |count| {
+                    meter.near_to_far(count);
+                    moved.set(moved.get().wrapping_add(1));
+                })
+        );
+        Poll::Ready(outcome.map_err(|error| match error {
+            PipeError::Read => Fault::Near,
+            PipeError::Write => Fault::Far,
+        }))
+    }
+
+    fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        let (meter, moved) = (self.meter, &self.moved);
+        let outcome = ready!(self.down.poll(cx, self.far, self.near, false, |count| {
+            meter.far_to_near(count);
+            moved.set(moved.get().wrapping_add(1));
+        }));
+        Poll::Ready(outcome.map_err(|error| match error {
+            PipeError::Read => Fault::Far,
+            PipeError::Write => Fault::Near,
+        }))
+    }
+
+    fn poll_far_reset(&mut self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Pending
+    }
+
+    fn near_is_gone(&mut self) {
+        self.near_gone = true;
+    }
+
+    fn moved(&self) -> &Cell<u64> {
+        &self.moved
+    }
+}

@@ -1,0 +1,631 @@
+//! Workers: one thread and one current-thread runtime per core. A connection lives on one worker from accept to
+//! close; its pool, registry and counts belong to that thread.
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    future::Future,
+    net::{IpAddr, TcpListener},
+    panic::AssertUnwindSafe,
+    rc::Rc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use futures::FutureExt;
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::LocalSet,
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Counters, ProxyContext,
+    accept::{self, Accepted, Kind},
+    connect::Dialer,
+    limits::{
+        HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE, SWEEP_INTERVAL,
+    },
+    pool::Pool,
+    registry::Registry,
+};
+use crate::{
+    capture::{ConnectionGuard, Listeners, LocalWorkload},
+    policy::{self, Decision},
+    telemetry::CloseReason,
+};
+
+/// After the drain deadline connections are told to end; this is how long they have for it.
+const FORCED_CLOSE_WAIT: Duration = Duration::from_secs(1);
+
+/// Why workers cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// A thread could not be started. Look at the process limits.
+    #[error("cannot start a worker: {0}")]
+    Start(#[source] std::io::Error),
+    /// A worker has ended or is hopelessly behind with its orders.
+    #[error("worker {0} takes no orders")]
+    NoOrders(usize),
+}
+
+/// All workers. Cheap to clone; the threads end when the last clone is dropped.
+#[derive(Debug, Clone)]
+pub struct Workers {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    shared: Arc<Shared>,
+    stop: CancellationToken,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    next_served: AtomicU64,
+    next_listener: AtomicUsize,
+}
+
+/// What all workers know of each other.
+#[derive(Debug)]
+pub(super) struct Shared {
+    mailboxes: Vec<Mailbox>,
+    pub counters: Arc<Counters>,
+    pub limits: Arc<Limits>,
+    total: AtomicUsize,
+    empty: Notify,
+}
+
+#[derive(Debug)]
+struct Mailbox {
+    load: AtomicUsize,
+    sockets: mpsc::Sender<Accepted>,
+    orders: mpsc::Sender<Order>,
+}
+
+#[derive(Debug)]
+enum Order {
+    Listen {
+        listener: TcpListener,
+        kind: Kind,
+        served: Arc<Served>,
+    },
+    Close {
+        served: Option<u64>,
+        reason: CloseReason,
+    },
+    Exit,
+}
+
+/// A workload whose listeners are served.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub id: u64,
+    pub local: Arc<LocalWorkload>,
+    /// Accept no more; tunnels say GOAWAY.
+    pub stop: CancellationToken,
+    live: AtomicUsize,
+    empty: Notify,
+}
+
+impl Workers {
+    /// Starts `count` workers (at least one).
+    ///
+    /// # Errors
+    /// When a thread or its runtime cannot be made.
+    pub fn start(count: usize, context: &ProxyContext) -> Result<Self, WorkerError> {
+        let counters = Arc::new(Counters::default());
+        let (mut mailboxes, mut inboxes) = (Vec::new(), Vec::new());
+        for _ in 0..count.max(1) {
+            let (sockets, socket_inbox) = mpsc::channel(HANDOVER_QUEUE);
+            let (orders, order_inbox) = mpsc::channel(ORDER_QUEUE);
+            mailboxes.push(Mailbox {
+                load: AtomicUsize::new(0),
+                sockets,
+                orders,
+            });
+            inboxes.push((socket_inbox, order_inbox));
+        }
+        let shared = Arc::new(Shared {
+            mailboxes,
+            counters,
+            limits: context.limits.clone(),
+            total: AtomicUsize::new(0),
+            empty: Notify::new(),
+        });
+        let inner = Arc::new(Inner {
+            shared: shared.clone(),
+            stop: CancellationToken::new(),
+            threads: Mutex::default(),
+            next_served: AtomicU64::new(0),
+            next_listener: AtomicUsize::new(0),
+        });
+        for (index, (sockets, orders)) in inboxes.into_iter().enumerate() {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .map_err(WorkerError::Start)?;
+            let (context, shared) = (context.clone(), shared.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("weft-worker-{index}"))
+                .spawn(move || {
+                    LocalSet::new().block_on(&runtime, run(index, context, shared, sockets, orders))
+                })
+                .map_err(WorkerError::Start)?;
+            inner
+                .threads
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(thread);
+        }
+        Ok(Self { inner })
+    }
+
+    /// Serves a workload's listeners until the handle is dropped or stopped.
+    ///
+    /// # Errors
+    /// When a worker takes no orders.
+    pub fn serve(
+        &self,
+        local: Arc<LocalWorkload>,
+        listeners: Listeners,
+    ) -> Result<ServeHandle, WorkerError> {
+        let served = Arc::new(Served {
+            id: self.inner.next_served.fetch_add(1, Ordering::Relaxed),
+            local,
+            stop: self.inner.stop.child_token(),
+            live: AtomicUsize::new(0),
+            empty: Notify::new(),
+        });
+        let handle = ServeHandle {
+            served: served.clone(),
+            shared: self.inner.shared.clone(),
+        };
+        let Listeners {
+            outbound,
+            plaintext,
+            tunnel,
+        } = listeners;
+        for (listener, kind) in [
+            (outbound, Kind::Outbound),
+            (plaintext, Kind::Plaintext),
+            (tunnel, Kind::Tunnel),
+        ] {
+            let next = self.inner.next_listener.fetch_add(1, Ordering::Relaxed);
+            let index = next % self.inner.shared.mailboxes.len();
+            self.inner.shared.order(
+                index,
+                Order::Listen {
+                    listener,
+                    kind,
+                    served: served.clone(),
+                },
+            )?;
+        }
+        Ok(handle)
+    }
+
+    /// Stops accepting everywhere, lets connections finish until `deadline` has passed, then closes the rest.
+    /// Returns how many had to be closed.
+    pub async fn drain(&self, deadline: Duration) -> usize {
+        self.inner.stop.cancel();
+        self.inner.shared.wait_empty(deadline).await;
+        let left = self.inner.shared.total.load(Ordering::Acquire);
+        if left > 0 {
+            self.inner.shared.close(None, CloseReason::Drained);
+            self.inner.shared.wait_empty(FORCED_CLOSE_WAIT).await;
+        }
+        left
+    }
+
+    /// Ends the worker threads and waits for them; connections that are left end with them. Blocks.
+    pub fn shut_down(&self) {
+        self.inner.exit();
+        let threads = std::mem::take(
+            &mut *self
+                .inner
+                .threads
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a worker thread had panicked");
+            }
+        }
+    }
+
+    /// What the proxy counts beside connections.
+    #[must_use]
+    pub fn counters(&self) -> Arc<Counters> {
+        self.inner.shared.counters.clone()
+    }
+
+    /// Connections and streams on each worker now.
+    #[must_use]
+    pub fn loads(&self) -> Vec<usize> {
+        self.inner
+            .shared
+            .mailboxes
+            .iter()
+            .map(|mailbox| mailbox.load.load(Ordering::Relaxed))
+            .collect()
+    }
+}
+
+impl Inner {
+    fn exit(&self) {
+        for mailbox in &self.shared.mailboxes {
+            // A full queue of orders is for a worker that is stuck: there is nobody to tell.
+            let _ = mailbox.orders.try_send(Order::Exit);
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.exit();
+    }
+}
+
+/// Keeps one workload served. Dropped, it stops accepting; connections that are open go on.
+#[derive(Debug)]
+pub struct ServeHandle {
+    served: Arc<Served>,
+    shared: Arc<Shared>,
+}
+
+impl ServeHandle {
+    /// Stops accepting and closes the listeners; tunnels take no more streams; what is open goes on.
+    pub fn stop(&self) {
+        self.served.stop.cancel();
+    }
+
+    /// Connections open now, tunnels included.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        self.served.live.load(Ordering::Acquire)
+    }
+
+    /// Stops accepting, lets connections finish until `deadline` has passed, then closes the rest. Returns how many
+    /// had to be closed.
+    pub async fn drain(self, deadline: Duration) -> usize {
+        self.stop();
+        wait_zero(&self.served.live, &self.served.empty, deadline).await;
+        let left = self.live();
+        if left > 0 {
+            self.shared
+                .close(Some(self.served.id), CloseReason::Drained);
+            wait_zero(&self.served.live, &self.served.empty, FORCED_CLOSE_WAIT).await;
+        }
+        left
+    }
+}
+
+impl Drop for ServeHandle {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+async fn wait_zero(count: &AtomicUsize, empty: &Notify, limit: Duration) {
+    // At the limit the caller looks at the count itself.
+    let _ = timeout(limit, async {
+        loop {
+            let notified = empty.notified();
+            if count.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            notified.await;
+        }
+    })
+    .await;
+}
+
+impl Shared {
+    fn order(&self, index: usize, order: Order) -> Result<(), WorkerError> {
+        let mailbox = self
+            .mailboxes
+            .get(index)
+            .ok_or(WorkerError::NoOrders(index))?;
+        mailbox
+            .orders
+            .try_send(order)
+            .map_err(|_| WorkerError::NoOrders(index))
+    }
+
+    fn close(&self, served: Option<u64>, reason: CloseReason) {
+        for index in 0..self.mailboxes.len() {
+            if let Err(error) = self.order(index, Order::Close { served, reason }) {
+                tracing::error!(%error, "cannot close connections");
+            }
+        }
+    }
+
+    async fn wait_empty(&self, limit: Duration) {
+        wait_zero(&self.total, &self.empty, limit).await;
+    }
+
+    /// The worker for a new connection that `own` accepted: itself unless another is clearly less loaded.
+    pub fn worker_for(&self, own: usize) -> usize {
+        let loads = self
+            .mailboxes
+            .iter()
+            .map(|mailbox| mailbox.load.load(Ordering::Relaxed));
+        less_loaded(own, loads)
+    }
+
+    /// Hands a socket to another worker; gives it back when that one's queue is full.
+    pub fn hand_over(&self, index: usize, accepted: Accepted) -> Result<(), Accepted> {
+        let Some(mailbox) = self.mailboxes.get(index) else {
+            return Err(accepted);
+        };
+        mailbox
+            .sockets
+            .try_send(accepted)
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(accepted)
+                | mpsc::error::TrySendError::Closed(accepted) => accepted,
+            })
+    }
+
+    /// Counts a connection on worker `index` against every limit. `application` is false for a tunnel, whose streams
+    /// are counted one by one.
+    pub fn admit(
+        self: &Arc<Self>,
+        index: usize,
+        served: &Arc<Served>,
+        application: bool,
+    ) -> Result<Admission, Refused> {
+        if self.total.load(Ordering::Relaxed) >= self.limits.connections_per_node {
+            self.counters.node_limit.add();
+            return Err(Refused);
+        }
+        let open = served.local.connections.load(Ordering::Relaxed);
+        if application && open >= self.limits.connections_per_workload {
+            self.counters.workload_limit.add();
+            return Err(Refused);
+        }
+        self.total.fetch_add(1, Ordering::AcqRel);
+        served.live.fetch_add(1, Ordering::AcqRel);
+        let mut admission = Admission {
+            shared: self.clone(),
+            served: served.clone(),
+            index,
+            _workload: application.then(|| served.local.connection()),
+        };
+        admission.count_on(index);
+        Ok(admission)
+    }
+}
+
+/// A limit was reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Refused;
+
+/// Stays where it is unless the least loaded worker has two connections less, and an eighth.
+fn less_loaded(own: usize, loads: impl Iterator<Item = usize>) -> usize {
+    let loads: Vec<usize> = loads.collect();
+    let mine = loads.get(own).copied().unwrap_or(usize::MAX);
+    match loads.iter().enumerate().min_by_key(|(_, load)| **load) {
+        Some((index, least)) if mine > least + 1 + least / 8 => index,
+        _ => own,
+    }
+}
+
+/// A connection that counts against the limits while this is held.
+#[derive(Debug)]
+pub(super) struct Admission {
+    shared: Arc<Shared>,
+    served: Arc<Served>,
+    index: usize,
+    _workload: Option<ConnectionGuard>,
+}
+
+impl Admission {
+    fn count_on(&mut self, index: usize) {
+        self.index = index;
+        if let Some(mailbox) = self.shared.mailboxes.get(index) {
+            mailbox.load.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The workload it belongs to.
+    pub fn served(&self) -> &Arc<Served> {
+        &self.served
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        if let Some(mailbox) = self.shared.mailboxes.get(self.index) {
+            mailbox.load.fetch_sub(1, Ordering::Relaxed);
+        }
+        if self.served.live.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.served.empty.notify_waiters();
+        }
+        if self.shared.total.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.shared.empty.notify_waiters();
+        }
+    }
+}
+
+/// What belongs to one worker's thread.
+pub(super) struct Worker {
+    pub index: usize,
+    pub context: ProxyContext,
+    pub shared: Arc<Shared>,
+    pub pool: Rc<Pool<Dialer>>,
+    pub registry: Rc<Registry>,
+    pub generation: watch::Receiver<u64>,
+    pub handshakes: SourceCounts,
+    pub tunnels: SourceCounts,
+}
+
+impl Worker {
+    /// The mesh's generation now: read it before deciding what will be remembered under it.
+    pub fn generation(&self) -> u64 {
+        *self.generation.borrow()
+    }
+
+    /// Runs a connection as a task of its own; a panic costs that connection only.
+    pub fn spawn(&self, connection: impl Future<Output = ()> + 'static) {
+        let counters = self.shared.counters.clone();
+        tokio::task::spawn_local(async move {
+            if AssertUnwindSafe(connection).catch_unwind().await.is_err() {
+                counters.panics.add();
+                tracing::error!("a connection ended in a panic");
+            }
+        });
+    }
+}
+
+async fn run(
+    index: usize,
+    context: ProxyContext,
+    shared: Arc<Shared>,
+    mut sockets: mpsc::Receiver<Accepted>,
+    mut orders: mpsc::Receiver<Order>,
+) {
+    let dialer = Dialer::new(&context, shared.counters.clone());
+    let worker = Rc::new(Worker {
+        index,
+        pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
+        registry: Rc::new(Registry::default()),
+        generation: context.mesh.generation(),
+        handshakes: SourceCounts::default(),
+        tunnels: SourceCounts::default(),
+        context,
+        shared,
+    });
+    tokio::task::spawn_local(sweep(worker.clone()));
+    tokio::task::spawn_local(reevaluate(worker.clone()));
+    loop {
+        tokio::select! {
+            Some(accepted) = sockets.recv() => accept::adopt(&worker, accepted),
+            order = orders.recv() => match order {
+                Some(Order::Listen { listener, kind, served }) => {
+                    worker.spawn(accept::listen(worker.clone(), listener, kind, served));
+                }
+                Some(Order::Close { served, reason }) => worker.registry.close(served, reason),
+                Some(Order::Exit) | None => return,
+            },
+        }
+    }
+}
+
+async fn sweep(worker: Rc<Worker>) {
+    let mut ticks = interval(SWEEP_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        worker.pool.sweep(Instant::now());
+    }
+}
+
+/// Asks policy again about every live inbound connection whenever the mesh has changed.
+async fn reevaluate(worker: Rc<Worker>) {
+    let mut generation = worker.context.mesh.generation();
+    while generation.changed().await.is_ok() {
+        generation.borrow_and_update();
+        for batch in worker.registry.judged().chunks(REEVALUATION_BATCH) {
+            for (id, judged) in batch {
+                // A workload that discovery has lost sight of cannot be judged anew: its end comes by un-enrolment.
+                let Some(workload) = judged.local.workload.load_full() else {
+                    continue;
+                };
+                let decision =
+                    policy::authorize(&worker.context.mesh.read(), &workload, &judged.connection);
+                if let Decision::Denied { policy } = decision {
+                    tracing::info!(peer = ?judged.connection.peer, ?policy, "connection is no longer allowed");
+                    worker.shared.counters.revoked.add();
+                    worker.registry.close_one(*id, CloseReason::Revoked);
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+        sleep(REEVALUATION_PAUSE).await;
+    }
+}
+
+/// Counts per source address, on one thread.
+#[derive(Debug, Clone, Default)]
+pub(super) struct SourceCounts(Rc<RefCell<HashMap<IpAddr, usize>>>);
+
+impl SourceCounts {
+    /// One more for `source`, unless it has `limit` already. The map holds only sources that have any.
+    pub fn enter(&self, source: IpAddr, limit: usize) -> Option<SourceCount> {
+        let mut counts = self.0.borrow_mut();
+        let count = counts.entry(source).or_default();
+        if *count >= limit {
+            return None;
+        }
+        *count += 1;
+        Some(SourceCount {
+            counts: self.clone(),
+            source,
+        })
+    }
+}
+
+/// One of a source's.
+#[derive(Debug)]
+pub(super) struct SourceCount {
+    counts: SourceCounts,
+    source: IpAddr,
+}
+
+impl Drop for SourceCount {
+    fn drop(&mut self) {
+        let mut counts = self.counts.0.borrow_mut();
+        if let Some(count) = counts.get_mut(&self.source) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.source);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_stays_unless_another_worker_is_clearly_less_loaded() {
+        for (own, loads, expected) in [
+            (0, vec![0, 0], 0),
+            (0, vec![1, 0], 0),
+            (0, vec![2, 0], 1),
+            (1, vec![0, 2], 0),
+            (0, vec![101, 100], 0),
+            (0, vec![120, 100], 1),
+            (0, vec![5], 0),
+        ] {
+            assert_eq!(
+                less_loaded(own, loads.iter().copied()),
+                expected,
+                "{own} of {loads:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_source_at_its_limit_is_refused_and_others_are_not() {
+        let counts = SourceCounts::default();
+        let (noisy, quiet) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        let held: Vec<_> = (0..3).map_while(|_| counts.enter(noisy, 3)).collect();
+        assert_eq!(held.len(), 3);
+        assert!(counts.enter(noisy, 3).is_none());
+        assert!(counts.enter(quiet, 3).is_some());
+        drop(held);
+        assert!(counts.enter(noisy, 3).is_some(), "released again");
+        assert!(
+            counts.0.borrow().is_empty(),
+            "no memory of sources that have none"
+        );
+    }
+}

@@ -48,7 +48,11 @@ pub struct ServerConfig {
 
 impl Default for ServerConfig {
     fn default() -> Self {
-        Self { listen: ([127, 0, 0, 1], 0).into(), tls_names: Vec::new(), metrics: None }
+        Self {
+            listen: ([127, 0, 0, 1], 0).into(),
+            tls_names: Vec::new(),
+            metrics: None,
+        }
     }
 }
 
@@ -64,7 +68,10 @@ pub struct CaConfig {
 
 impl Default for CaConfig {
     fn default() -> Self {
-        Self { folder: None, leaf_max_lifetime: DEFAULT_LEAF_MAX_LIFETIME }
+        Self {
+            folder: None,
+            leaf_max_lifetime: DEFAULT_LEAF_MAX_LIFETIME,
+        }
     }
 }
 
@@ -124,7 +131,10 @@ impl ControlConfig {
             return refuse("source", "names no folder".into());
         }
         if self.server.tls_names.len() > TLS_NAMES_MAX {
-            return refuse("tls-name", format!("at most {TLS_NAMES_MAX} names are allowed"));
+            return refuse(
+                "tls-name",
+                format!("at most {TLS_NAMES_MAX} names are allowed"),
+            );
         }
         if let Some(name) = self.server.tls_names.iter().find(|name| name.is_empty()) {
             return refuse("tls-name", format!("{name:?} is not a name"));
@@ -158,7 +168,9 @@ mod tests {
 
     fn usable() -> ControlConfig {
         ControlConfig {
-            source: SourceConfig { folder: "manifests".into() },
+            source: SourceConfig {
+                folder: "manifests".into(),
+            },
             ..ControlConfig::default()
         }
     }
@@ -173,8 +185,12 @@ mod tests {
         type Spoil = fn(&mut ControlConfig);
         let cases: [(&str, Spoil); 6] = [
             ("source", |c| c.source.folder = PathBuf::new()),
-            ("tls-name", |c| c.server.tls_names = vec!["a".into(); TLS_NAMES_MAX + 1]),
-            ("leaf-max-lifetime", |c| c.ca.leaf_max_lifetime = Duration::from_secs(9)),
+            ("tls-name", |c| {
+                c.server.tls_names = vec!["a".into(); TLS_NAMES_MAX + 1]
+            }),
+            ("leaf-max-lifetime", |c| {
+                c.ca.leaf_max_lifetime = Duration::from_secs(9)
+            }),
             ("trust-domain", |c| c.mesh.trust_domain = "a b".into()),
             ("cluster-id", |c| c.mesh.cluster_id = String::new()),
             ("network", |c| c.mesh.network = "a/b".into()),

@@ -36,7 +36,10 @@ struct Problems(Vec<FieldProblem>);
 
 impl Problems {
     fn add(&mut self, field: impl Into<String>, message: impl Into<String>) {
-        self.0.push(FieldProblem { field: field.into(), message: message.into() });
+        self.0.push(FieldProblem {
+            field: field.into(),
+            message: message.into(),
+        });
     }
 
     fn address(&mut self, field: String, text: &str) {
@@ -83,10 +86,14 @@ impl Problems {
 /// # Errors
 /// A message for the user when `text` is not an address of a workload.
 pub fn parse_address(text: &str) -> Result<IpAddr, String> {
-    let address: IpAddr = text.parse().map_err(|_| format!("{text:?} is not an IP address"))?;
+    let address: IpAddr = text
+        .parse()
+        .map_err(|_| format!("{text:?} is not an IP address"))?;
     let address = address.to_canonical();
     if address.is_unspecified() || address.is_multicast() {
-        return Err(format!("{text:?} is not the address of a workload or service"));
+        return Err(format!(
+            "{text:?} is not the address of a workload or service"
+        ));
     }
     Ok(address)
 }
@@ -99,8 +106,9 @@ pub fn parse_block(text: &str) -> Result<IpNet, String> {
     if let Ok(address) = text.parse::<IpAddr>() {
         return Ok(IpNet::from(address.to_canonical()));
     }
-    let block: IpNet =
-        text.parse().map_err(|_| format!("{text:?} is neither an address nor a range"))?;
+    let block: IpNet = text
+        .parse()
+        .map_err(|_| format!("{text:?} is neither an address nor a range"))?;
     Ok(block.trunc())
 }
 
@@ -123,15 +131,24 @@ fn metadata(object: &Object, problems: &mut Problems) {
     let metadata = object.metadata();
     let key = object.key();
     if !is_dns_name(&key.name, NAME_MAX_BYTES) {
-        let message = format!("{:?} is not a name: lower-case letters, digits, `-` and `.`", key.name);
+        let message = format!(
+            "{:?} is not a name: lower-case letters, digits, `-` and `.`",
+            key.name
+        );
         problems.add("metadata.name", message);
     }
     if object.kind().namespaced() {
         if key.namespace.contains('.') || !is_dns_name(&key.namespace, LABEL_MAX_BYTES) {
-            problems.add("metadata.namespace", format!("{:?} is not a namespace", key.namespace));
+            problems.add(
+                "metadata.namespace",
+                format!("{:?} is not a namespace", key.namespace),
+            );
         }
     } else if metadata.namespace.is_some() {
-        problems.add("metadata.namespace", format!("a {} has no namespace", object.kind()));
+        problems.add(
+            "metadata.namespace",
+            format!("a {} has no namespace", object.kind()),
+        );
     }
     if let Some(labels) = &metadata.labels {
         problems.labels("metadata.labels", labels);
@@ -174,7 +191,11 @@ fn check_service(service: &Service, problems: &mut Problems) {
         problems.add("spec", "is required");
         return;
     };
-    if let Some(ip) = spec.cluster_ip.as_deref().filter(|ip| !matches!(*ip, "" | "None")) {
+    if let Some(ip) = spec
+        .cluster_ip
+        .as_deref()
+        .filter(|ip| !matches!(*ip, "" | "None"))
+    {
         problems.address("spec.clusterIP".into(), ip);
     }
     for (index, ip) in spec.cluster_ips.iter().flatten().enumerate() {
@@ -199,7 +220,10 @@ fn check_service(service: &Service, problems: &mut Problems) {
         }
     }
     if let Some(value) = &spec.traffic_distribution
-        && !matches!(value.as_str(), "PreferClose" | "PreferSameZone" | "PreferSameNode")
+        && !matches!(
+            value.as_str(),
+            "PreferClose" | "PreferSameZone" | "PreferSameNode"
+        )
     {
         let message = format!("{value:?} must be PreferClose, PreferSameZone or PreferSameNode");
         problems.add("spec.trafficDistribution", message);
@@ -207,7 +231,10 @@ fn check_service(service: &Service, problems: &mut Problems) {
     if let Some(value) = &spec.internal_traffic_policy
         && !matches!(value.as_str(), "Cluster" | "Local")
     {
-        problems.add("spec.internalTrafficPolicy", format!("{value:?} must be Cluster or Local"));
+        problems.add(
+            "spec.internalTrafficPolicy",
+            format!("{value:?} must be Cluster or Local"),
+        );
     }
 }
 
@@ -217,7 +244,10 @@ fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
             if slice.address_type == "FQDN" {
                 continue;
             }
-            problems.address(format!("endpoints[{index}].addresses[{address_index}]"), address);
+            problems.address(
+                format!("endpoints[{index}].addresses[{address_index}]"),
+                address,
+            );
         }
     }
     for (index, port) in slice.ports.iter().flatten().enumerate() {
@@ -226,7 +256,10 @@ fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
         }
     }
     if !matches!(slice.address_type.as_str(), "IPv4" | "IPv6" | "FQDN") {
-        problems.add("addressType", format!("{:?} must be IPv4, IPv6 or FQDN", slice.address_type));
+        problems.add(
+            "addressType",
+            format!("{:?} must be IPv4, IPv6 or FQDN", slice.address_type),
+        );
     }
 }
 
@@ -234,7 +267,11 @@ fn check_authorization(policy: &AuthorizationPolicy, problems: &mut Problems) {
     problems.selector(policy.spec.selector.as_ref());
     for (index, rule) in policy.spec.rules.iter().enumerate() {
         for (from, source) in rule.from.iter().enumerate() {
-            check_source(&format!("spec.rules[{index}].from[{from}]"), source, problems);
+            check_source(
+                &format!("spec.rules[{index}].from[{from}]"),
+                source,
+                problems,
+            );
         }
         for (to, operation) in rule.to.iter().enumerate() {
             let field = format!("spec.rules[{index}].to[{to}]");
@@ -278,7 +315,10 @@ fn check_source(field: &str, source: &Source, problems: &mut Problems) {
             }
         }
     }
-    for (name, values) in [("ipBlocks", &source.ip_blocks), ("notIpBlocks", &source.not_ip_blocks)] {
+    for (name, values) in [
+        ("ipBlocks", &source.ip_blocks),
+        ("notIpBlocks", &source.not_ip_blocks),
+    ] {
         for (index, value) in values.iter().enumerate() {
             if let Err(message) = parse_block(value) {
                 problems.add(format!("{field}.{name}[{index}]"), message);
@@ -292,10 +332,17 @@ fn check_source(field: &str, source: &Source, problems: &mut Problems) {
 
 fn check_mesh_policy(policy: &MeshPolicy, problems: &mut Problems) {
     problems.selector(policy.spec.selector.as_ref());
-    let ports = policy.spec.mtls.as_ref().and_then(|mtls| mtls.ports.as_ref());
+    let ports = policy
+        .spec
+        .mtls
+        .as_ref()
+        .and_then(|mtls| mtls.ports.as_ref());
     for port in ports.into_iter().flat_map(BTreeMap::keys) {
         if !port.parse::<u16>().is_ok_and(|number| number > 0) {
-            problems.add(format!("spec.mtls.ports.{port}"), "is not a port between 1 and 65535");
+            problems.add(
+                format!("spec.mtls.ports.{port}"),
+                "is not a port between 1 and 65535",
+            );
         }
     }
 }
@@ -322,7 +369,9 @@ fn check_external(workload: &ExternalWorkload, problems: &mut Problems) {
 fn is_dns_name(text: &str, max_bytes: usize) -> bool {
     let label = |label: &str| {
         !label.is_empty()
-            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
             && !label.starts_with('-')
             && !label.ends_with('-')
     };
@@ -332,7 +381,9 @@ fn is_dns_name(text: &str, max_bytes: usize) -> bool {
 fn is_label_value(text: &str) -> bool {
     let edge = |b: Option<u8>| b.is_none_or(|b| b.is_ascii_alphanumeric());
     text.len() <= LABEL_MAX_BYTES
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
         && edge(text.bytes().next())
         && edge(text.bytes().last())
 }

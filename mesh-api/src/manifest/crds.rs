@@ -20,7 +20,9 @@ pub struct WorkloadSelector {
 /// Without a selector it applies to every workload of its namespace, and in the root namespace to the whole mesh.
 /// With a selector it applies to the selected workloads of its namespace, and in the root namespace of every one.
 /// Any matching DENY refuses. Where at least one ALLOW policy applies, only what one of them matches is let through.
-#[derive(CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema,
+)]
 #[kube(
     group = "weft.dev",
     version = "v1alpha1",
@@ -113,7 +115,9 @@ pub struct Operation {
 /// How workloads are treated. In the root namespace without a selector it is the mesh's default; in another
 /// namespace without a selector that namespace's; with a selector it is the selected workloads' own. For each
 /// field the most specific policy that sets it wins; of several equally specific ones the oldest, then the first by name.
-#[derive(CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema,
+)]
 #[kube(
     group = "weft.dev",
     version = "v1alpha1",
@@ -150,7 +154,20 @@ pub struct Mtls {
 }
 
 /// Whether plaintext is accepted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Default,
+    Serialize,
+    Deserialize,
+    JsonSchema,
+)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum MtlsMode {
     /// Mutual TLS and plaintext are accepted.
@@ -184,7 +201,9 @@ pub enum SameNode {
 
 /// A workload that is not a pod: a process, container or machine with addresses of its own. Its labels
 /// (`metadata.labels`) are what Services and policies select.
-#[derive(CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    CustomResource, Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema,
+)]
 #[kube(
     group = "weft.dev",
     version = "v1alpha1",

@@ -193,7 +193,11 @@ impl Object {
     #[must_use]
     pub fn key(&self) -> ObjectKey {
         let metadata = self.metadata();
-        key_of(self.kind(), metadata.namespace.as_deref(), metadata.name.as_deref())
+        key_of(
+            self.kind(),
+            metadata.namespace.as_deref(),
+            metadata.name.as_deref(),
+        )
     }
 
     /// Everything that is wrong with its values. The parser calls it; sources that receive typed objects from
@@ -210,7 +214,11 @@ fn key_of(kind: Kind, namespace: Option<&str>, name: Option<&str>) -> ObjectKey 
         (true, None | Some("")) => DEFAULT_NAMESPACE,
         (true, Some(namespace)) => namespace,
     };
-    ObjectKey { kind, namespace: namespace.into(), name: name.unwrap_or_default().into() }
+    ObjectKey {
+        kind,
+        namespace: namespace.into(),
+        name: name.unwrap_or_default().into(),
+    }
 }
 
 /// Why a document, or a field of it, was refused.
@@ -275,14 +283,24 @@ pub fn parse(text: &str) -> Parsed {
 
 fn keep(parsed: &mut Parsed, document: &Document<'_>, object: Object) {
     let key = object.key();
-    let earlier = parsed.objects.iter().find(|located| located.object.key() == key);
+    let earlier = parsed
+        .objects
+        .iter()
+        .find(|located| located.object.key() == key);
     if let Some(earlier) = earlier {
-        let message =
-            format!("the same object is already defined at line {} of this text", earlier.line);
-        parsed.problems.push(document.problem(Some(&key), String::new(), message));
+        let message = format!(
+            "the same object is already defined at line {} of this text",
+            earlier.line
+        );
+        parsed
+            .problems
+            .push(document.problem(Some(&key), String::new(), message));
         return;
     }
-    parsed.objects.push(Located { line: document.line, object });
+    parsed.objects.push(Located {
+        line: document.line,
+        object,
+    });
 }
 
 /// One document of a text, and where it lies.
@@ -307,11 +325,7 @@ impl Document<'_> {
     }
 
     /// A problem that the YAML reader found: it knows the line, and puts the path of the field before the message.
-    fn reader_problem(
-        &self,
-        object: Option<&ObjectKey>,
-        error: &serde_norway::Error,
-    ) -> Problem {
+    fn reader_problem(&self, object: Option<&ObjectKey>, error: &serde_norway::Error) -> Problem {
         let text = error.to_string();
         let text = text.split(" at line ").next().unwrap_or(&text);
         let (field, message) = match text.split_once(": ") {
@@ -330,7 +344,10 @@ impl Document<'_> {
 fn is_field_path(text: &str) -> bool {
     !text.is_empty()
         && !text.contains(' ')
-        && text.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b == b'[')
+        && text
+            .bytes()
+            .next()
+            .is_some_and(|b| b.is_ascii_lowercase() || b == b'[')
 }
 
 /// Splits at lines that begin with `---`. YAML 1.2 (section 9.1.2) forbids such a line inside any node, so one
@@ -356,7 +373,12 @@ fn split_documents(text: &str) -> Vec<Document<'_>> {
         .enumerate()
         .map(|(index, (lines_before, body))| {
             let skipped = body.lines().take_while(|line| !is_content(line)).count();
-            Document { number: index + 1, line: lines_before + skipped + 1, lines_before, body }
+            Document {
+                number: index + 1,
+                line: lines_before + skipped + 1,
+                lines_before,
+                body,
+            }
         })
         .collect()
 }
@@ -389,7 +411,10 @@ impl FromStr for Kind {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        Self::ALL.into_iter().find(|kind| kind.name() == text).ok_or(())
+        Self::ALL
+            .into_iter()
+            .find(|kind| kind.name() == text)
+            .ok_or(())
     }
 }
 
@@ -407,10 +432,18 @@ fn read_document(document: &Document<'_>) -> Result<Option<Object>, Vec<Problem>
     };
     let Ok(kind) = header.kind.parse::<Kind>() else {
         let known: Vec<_> = Kind::ALL.iter().map(|kind| kind.name()).collect();
-        let message = format!("{:?} is not a known kind; known: {}", header.kind, known.join(", "));
+        let message = format!(
+            "{:?} is not a known kind; known: {}",
+            header.kind,
+            known.join(", ")
+        );
         return Err(refuse(None, "kind", message));
     };
-    let key = key_of(kind, header.metadata.namespace.as_deref(), Some(&header.metadata.name));
+    let key = key_of(
+        kind,
+        header.metadata.namespace.as_deref(),
+        Some(&header.metadata.name),
+    );
     if header.api_version != kind.api_version() {
         let message = format!("{:?} must be {:?}", header.api_version, kind.api_version());
         return Err(refuse(Some(&key), "apiVersion", message));
@@ -471,7 +504,11 @@ fn field_path(path: &serde_ignored::Path<'_>) -> String {
         Path::Seq { parent, index } => format!("{}[{index}]", field_path(parent)),
         Path::Map { parent, key } => {
             let parent = field_path(parent);
-            if parent.is_empty() { key.clone() } else { format!("{parent}.{key}") }
+            if parent.is_empty() {
+                key.clone()
+            } else {
+                format!("{parent}.{key}")
+            }
         }
         Path::Some { parent }
         | Path::NewtypeStruct { parent }

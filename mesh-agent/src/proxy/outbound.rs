@@ -273,17 +273,17 @@ impl<'a> Attempt<'a> {
             Route::Workload(endpoint) => {
                 self.single = true;
                 self.lesson = Lesson::SameNode;
-                self.to_endpoint(&source, endpoint).await
+                self.reach_endpoint(&source, endpoint).await
             }
             Route::Service { service, endpoints } => {
                 self.single = endpoints.len() == 1;
                 self.service = Some(service);
-                self.to_service(&source, &endpoints).await
+                self.reach_service(&source, &endpoints).await
             }
         }
     }
 
-    async fn to_service(
+    async fn reach_service(
         &mut self,
         source: &Workload,
         endpoints: &[Endpoint],
@@ -294,7 +294,7 @@ impl<'a> Attempt<'a> {
             let Some(endpoint) = choose(endpoints, exclude) else {
                 break;
             };
-            match self.to_endpoint(source, endpoint.clone()).await {
+            match self.reach_endpoint(source, endpoint.clone()).await {
                 Ok(upstream) => return Ok(upstream),
                 Err(error) if error.elsewhere() => {
                     exclude = Some(endpoint.address);
@@ -306,7 +306,7 @@ impl<'a> Attempt<'a> {
         Err(last)
     }
 
-    async fn to_endpoint(
+    async fn reach_endpoint(
         &mut self,
         source: &Workload,
         endpoint: Endpoint,

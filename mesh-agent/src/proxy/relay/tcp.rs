@@ -82,7 +82,7 @@ impl Pipe {
                 }
                 Ok(count) => {
                     buffer.set_filled(count);
-                    self.size = self.size.after_read(count);
+                    self.size = self.size.after_read(count, Size::Large);
                     self.held = Some(buffer);
                 }
                 Err(error) if would_block(&error) && last => {

@@ -117,7 +117,7 @@ impl<M: Meter> Directions for TunnelDirections<'_, M> {
                 Ok(0) => return Poll::Ready(self.send.finish().map_err(|_| Fault::Far)),
                 Ok(count) => {
                     buffer.set_filled(count);
-                    self.size = self.size.after_read(count);
+                    self.size = self.size.after_read(count, Size::Large);
                     if self.send.send(buffer.freeze()).is_err() {
                         return Poll::Ready(Err(Fault::Far));
                     }

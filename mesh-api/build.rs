@@ -1,7 +1,13 @@
 //! Generates the protobuf types and gRPC stubs. `protox` compiles the files, so no `protoc` is needed.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["workload.proto", "authorization.proto", "ca.proto", "discovery.proto", "weft.proto"];
+    let files = [
+        "workload.proto",
+        "authorization.proto",
+        "ca.proto",
+        "discovery.proto",
+        "weft.proto",
+    ];
     for file in files {
         println!("cargo::rerun-if-changed=proto/{file}");
     }

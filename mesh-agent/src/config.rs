@@ -1,2 +1,449 @@
-//! The agent's configuration: parsed once, validated before anything starts, in sections.
-//! placeholder
+//! The agent's configuration, in sections: read from a YAML file, overridden by flags, validated before anything
+//! starts.
+
+use std::{
+    collections::HashSet,
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use mesh_api::{identity::Identity, local::Enrolment};
+use serde::{Deserialize, Serialize};
+
+/// Largest configuration file read, in bytes: thousands of workloads fit, a wrong file (a log, a disk) does not.
+pub const FILE_MAX_BYTES: u64 = 4 << 20;
+
+/// The whole configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct AgentConfig {
+    /// Who this node is.
+    pub node: NodeConfig,
+    /// Where kernel objects live.
+    pub kernel: KernelPaths,
+    /// Where the control plane is.
+    pub control_plane: ControlPlaneConfig,
+    /// Where the agent answers.
+    pub listen: ListenConfig,
+    /// The proxy.
+    pub proxy: ProxyConfig,
+    /// Workloads to enrol at start, beside those that were enrolled over the local socket.
+    pub workloads: Vec<Enrolment>,
+}
+
+/// Who this node is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct NodeConfig {
+    /// Node name, as discovery spells it.
+    pub name: String,
+    /// Network; empty is the default one.
+    pub network: String,
+    /// Cluster.
+    pub cluster: String,
+    /// First part of every identity.
+    pub trust_domain: String,
+    /// Folder of the local socket, the enrolments and the snapshot.
+    pub run_dir: PathBuf,
+}
+
+impl Default for NodeConfig {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            network: String::new(),
+            cluster: "Kubernetes".into(),
+            trust_domain: "cluster.local".into(),
+            run_dir: "/run/weft".into(),
+        }
+    }
+}
+
+/// Where kernel objects live.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct KernelPaths {
+    /// cgroup v2 folder below which connections are captured.
+    pub cgroup_root: PathBuf,
+    /// A bpffs.
+    pub bpffs_root: PathBuf,
+}
+
+impl Default for KernelPaths {
+    fn default() -> Self {
+        // Hybrid mounts have v2 at `unified`; everywhere else it is the mount itself.
+        let hybrid = Path::new("/sys/fs/cgroup/unified");
+        let cgroup_root = if hybrid.is_dir() {
+            hybrid
+        } else {
+            Path::new("/sys/fs/cgroup")
+        };
+        Self {
+            cgroup_root: cgroup_root.into(),
+            bpffs_root: "/sys/fs/bpf".into(),
+        }
+    }
+}
+
+/// Where the control plane is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct ControlPlaneConfig {
+    /// `https://host:port` of discovery and certificates.
+    pub address: String,
+    /// PEM file of the roots of its certificate.
+    pub ca_file: PathBuf,
+    /// Name in its certificate, where it is not the host of `address`.
+    pub server_name: Option<String>,
+    /// File with this node's token.
+    pub token_file: Option<PathBuf>,
+    /// Folder of manifests: the control plane runs inside the agent, and the settings above are not needed.
+    pub standalone: Option<PathBuf>,
+}
+
+/// Where the agent answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct ListenConfig {
+    /// Prometheus metrics.
+    pub metrics: SocketAddr,
+    /// Readiness.
+    pub readiness: SocketAddr,
+    /// Admin; loopback only.
+    pub admin: SocketAddr,
+}
+
+impl Default for ListenConfig {
+    fn default() -> Self {
+        Self {
+            metrics: ([0, 0, 0, 0], 15020).into(),
+            readiness: ([0, 0, 0, 0], 15021).into(),
+            admin: ([127, 0, 0, 1], 15000).into(),
+        }
+    }
+}
+
+/// The proxy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct ProxyConfig {
+    /// Workers, each with a runtime of its own; 0 means one per core.
+    pub workers: usize,
+    /// Seconds that established connections get to end by themselves after SIGTERM.
+    pub drain_deadline_seconds: u64,
+    /// Lifetime to ask certificates for, in seconds.
+    pub certificate_lifetime_seconds: u64,
+}
+
+/// Most workers: more than any machine has cores that this proxy could feed.
+const WORKERS_MAX: usize = 256;
+/// Shortest certificate lifetime: below it the clocks of two nodes matter more than the lifetime.
+const CERTIFICATE_LIFETIME_MIN_SECONDS: u64 = 10;
+
+impl Default for ProxyConfig {
+    fn default() -> Self {
+        Self {
+            workers: 0,
+            drain_deadline_seconds: 5,
+            certificate_lifetime_seconds: 24 * 60 * 60,
+        }
+    }
+}
+
+/// A configuration that cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("configuration file {path}: {source}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is too large.
+    #[error("configuration file {path} has {bytes} bytes; at most {FILE_MAX_BYTES} are read")]
+    TooLarge {
+        /// Which.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// The file is not what it should be; the message has line, column and field.
+    #[error("configuration file {path}: {message}")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong, and where.
+        message: String,
+    },
+    /// A setting that cannot work.
+    #[error("configuration: {setting}: {message}")]
+    Invalid {
+        /// The setting, as the file spells it.
+        setting: &'static str,
+        /// What is wrong with it.
+        message: String,
+    },
+}
+
+impl AgentConfig {
+    /// Reads a YAML file.
+    ///
+    /// # Errors
+    /// Names the file, the line and the field.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let failed = |source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let bytes = fs::metadata(path).map_err(failed)?.len();
+        if bytes > FILE_MAX_BYTES {
+            return Err(ConfigError::TooLarge {
+                path: path.to_owned(),
+                bytes,
+            });
+        }
+        let text = fs::read_to_string(path).map_err(failed)?;
+        if text.trim().is_empty() {
+            return Ok(Self::default());
+        }
+        serde_norway::from_str(&text).map_err(|error| ConfigError::Parse {
+            path: path.to_owned(),
+            message: error.to_string(),
+        })
+    }
+
+    /// Checks every setting.
+    ///
+    /// # Errors
+    /// The first that cannot work.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let invalid = |setting, message: String| Err(ConfigError::Invalid { setting, message });
+        let name = &self.node.name;
+        if name.is_empty() {
+            return invalid("node.name", "is missing (--node NAME)".into());
+        }
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if !name.chars().all(plain) || name.starts_with('.') || name.len() > 128 {
+            return invalid(
+                "node.name",
+                format!("{name:?} is not made of letters, digits, dots, dashes and underscores"),
+            );
+        }
+        if let Err(error) = Identity::new(&self.node.trust_domain, "checked", "checked") {
+            return invalid("node.trustDomain", error.to_string());
+        }
+        if self.node.network.contains('/') {
+            return invalid("node.network", "must not contain `/`".into());
+        }
+        if !self.listen.admin.ip().is_loopback() {
+            return invalid(
+                "listen.admin",
+                format!(
+                    "{} is not a loopback address; admin is for this machine only",
+                    self.listen.admin
+                ),
+            );
+        }
+        if self.proxy.workers > WORKERS_MAX {
+            return invalid("proxy.workers", format!("at most {WORKERS_MAX}"));
+        }
+        if self.proxy.certificate_lifetime_seconds < CERTIFICATE_LIFETIME_MIN_SECONDS {
+            return invalid(
+                "proxy.certificateLifetimeSeconds",
+                format!("at least {CERTIFICATE_LIFETIME_MIN_SECONDS}"),
+            );
+        }
+        self.validate_control_plane()?;
+        self.validate_workloads()
+    }
+
+    fn validate_control_plane(&self) -> Result<(), ConfigError> {
+        let invalid = |setting, message: String| Err(ConfigError::Invalid { setting, message });
+        let control = &self.control_plane;
+        match (&control.standalone, control.address.is_empty()) {
+            (None, true) => invalid(
+                "controlPlane.address",
+                "is missing (--control-plane https://host:port, or --standalone DIR)".into(),
+            ),
+            (Some(_), false) => invalid(
+                "controlPlane.standalone",
+                "cannot be combined with controlPlane.address".into(),
+            ),
+            (None, false) if !control.address.starts_with("https://") => invalid(
+                "controlPlane.address",
+                format!("{:?} must begin with https://", control.address),
+            ),
+            (None, false) if control.ca_file.as_os_str().is_empty() => invalid(
+                "controlPlane.caFile",
+                "is missing (--control-plane-ca FILE)".into(),
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    fn validate_workloads(&self) -> Result<(), ConfigError> {
+        let mut seen = HashSet::new();
+        for workload in &self.workloads {
+            validate_enrolment(workload).map_err(|message| ConfigError::Invalid {
+                setting: "workloads",
+                message,
+            })?;
+            if !seen.insert((&workload.namespace, &workload.name)) {
+                let message = format!("{}/{} is named twice", workload.namespace, workload.name);
+                return Err(ConfigError::Invalid {
+                    setting: "workloads",
+                    message,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Checks the names and paths of an enrolment, from a file or from the local socket.
+///
+/// # Errors
+/// Says which field is wrong.
+pub fn validate_enrolment(enrolment: &Enrolment) -> Result<(), String> {
+    // The names become part of an identity, so the same characters are allowed.
+    Identity::new("checked", &enrolment.namespace, &enrolment.name)
+        .map_err(|error| error.to_string())?;
+    let absolute =
+        |field: &str, path: &str| match Path::new(path).is_absolute() && !path.contains('\0') {
+            true => Ok(()),
+            false => Err(format!(
+                "{field} {path:?} of {}/{} is not an absolute path",
+                enrolment.namespace, enrolment.name
+            )),
+        };
+    absolute("netns", &enrolment.netns)?;
+    enrolment
+        .cgroup
+        .as_deref()
+        .map_or(Ok(()), |cgroup| absolute("cgroup", cgroup))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usable() -> AgentConfig {
+        let mut config = AgentConfig::default();
+        config.node.name = "node-a".into();
+        config.control_plane.standalone = Some("/etc/weft/manifests".into());
+        config
+    }
+
+    fn parse(text: &str) -> Result<AgentConfig, ConfigError> {
+        let file = tempfile::NamedTempFile::new().expect("a temp file");
+        fs::write(file.path(), text).expect("written");
+        AgentConfig::read(file.path())
+    }
+
+    #[test]
+    fn a_node_name_and_a_source_are_enough() {
+        usable().validate().expect("usable");
+    }
+
+    #[test]
+    fn reads_every_section() {
+        let text = "node: {name: n1, runDir: /run/w}\ncontrolPlane: {address: 'https://10.0.0.1:15012', caFile: /ca.pem}\n\
+                    listen: {metrics: '127.0.0.1:1'}\nworkloads: [{namespace: shop, name: web, netns: /run/netns/web}]\n";
+        let config = parse(text).expect("parsed");
+        config.validate().expect("valid");
+        assert_eq!(config.node.run_dir, Path::new("/run/w"));
+        assert_eq!(config.workloads.len(), 1);
+    }
+
+    #[test]
+    fn a_misspelt_field_is_named_with_its_place() {
+        let error = parse("node:\n  nmae: n1\n")
+            .expect_err("unknown field")
+            .to_string();
+        assert!(
+            error.contains("nmae") && error.contains("line 2"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_wrong_type_is_named_with_its_place() {
+        let error = parse("proxy:\n  workers: many\n")
+            .expect_err("wrong type")
+            .to_string();
+        assert!(
+            error.contains("workers") && error.contains("line 2"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn names_the_setting_that_cannot_work() {
+        type Spoil = fn(&mut AgentConfig);
+        let cases: [(&str, Spoil); 9] = [
+            ("node.name", |c| c.node.name.clear()),
+            ("node.name", |c| c.node.name = "../n".into()),
+            ("node.trustDomain", |c| c.node.trust_domain = "a b".into()),
+            ("node.network", |c| c.node.network = "a/b".into()),
+            ("listen.admin", |c| {
+                c.listen.admin = ([0, 0, 0, 0], 1).into()
+            }),
+            ("proxy.workers", |c| c.proxy.workers = WORKERS_MAX + 1),
+            ("controlPlane.address", |c| {
+                c.control_plane.standalone = None
+            }),
+            ("controlPlane.standalone", |c| {
+                c.control_plane.address = "https://x".into()
+            }),
+            ("workloads", |c| {
+                let one = Enrolment {
+                    namespace: "a".into(),
+                    name: "b".into(),
+                    netns: "/n".into(),
+                    cgroup: None,
+                };
+                c.workloads = vec![one.clone(), one];
+            }),
+        ];
+        for (setting, spoil) in cases {
+            let mut config = usable();
+            spoil(&mut config);
+            let error = config.validate().expect_err(setting).to_string();
+            assert!(error.contains(setting), "{error}");
+        }
+    }
+
+    #[test]
+    fn enrolments_need_absolute_paths_and_plain_names() {
+        let good = Enrolment {
+            namespace: "shop".into(),
+            name: "web".into(),
+            netns: "/n".into(),
+            cgroup: Some("/c".into()),
+        };
+        validate_enrolment(&good).expect("good");
+        for bad in [
+            Enrolment {
+                netns: "run/netns/x".into(),
+                ..good.clone()
+            },
+            Enrolment {
+                cgroup: Some("c".into()),
+                ..good.clone()
+            },
+            Enrolment {
+                name: String::new(),
+                ..good.clone()
+            },
+            Enrolment {
+                namespace: "a/b".into(),
+                ..good.clone()
+            },
+        ] {
+            assert!(validate_enrolment(&bad).is_err(), "{bad:?}");
+        }
+    }
+}

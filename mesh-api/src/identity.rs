@@ -23,7 +23,9 @@ pub enum IdentityError {
     #[error("identity {0:?} does not start with spiffe://")]
     Scheme(String),
     /// It is not `<trust domain>/ns/<namespace>/sa/<service account>`.
-    #[error("identity {0:?} is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<service account>")]
+    #[error(
+        "identity {0:?} is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<service account>"
+    )]
     Shape(String),
     /// A part is empty or holds a character that a SPIFFE path segment may not hold.
     #[error("identity has an unusable {part}: {value:?}")]
@@ -43,7 +45,11 @@ impl Identity {
     ///
     /// # Errors
     /// [`IdentityError::Part`] when a part is empty or not made of `[A-Za-z0-9._-]`.
-    pub fn new(trust_domain: &str, namespace: &str, service_account: &str) -> Result<Self, IdentityError> {
+    pub fn new(
+        trust_domain: &str,
+        namespace: &str,
+        service_account: &str,
+    ) -> Result<Self, IdentityError> {
         check_part("trust domain", trust_domain)?;
         check_part("namespace", namespace)?;
         check_part("service account", service_account)?;
@@ -75,22 +81,34 @@ impl Identity {
     /// The identity without `spiffe://`, the form in which authorization policies name principals.
     #[must_use]
     pub fn principal(&self) -> String {
-        format!("{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
+        format!(
+            "{}/ns/{}/sa/{}",
+            self.trust_domain, self.namespace, self.service_account
+        )
     }
 }
 
 /// SPIFFE-ID specification, sections 2.1 and 2.2: letters, digits, dots, dashes and underscores.
 fn check_part(part: &'static str, value: &str) -> Result<(), IdentityError> {
-    let usable = value.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+    let usable = value
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
     if value.is_empty() || value == "." || value == ".." || !usable {
-        return Err(IdentityError::Part { part, value: value.chars().take(64).collect() });
+        return Err(IdentityError::Part {
+            part,
+            value: value.chars().take(64).collect(),
+        });
     }
     Ok(())
 }
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "spiffe://{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
+        write!(
+            f,
+            "spiffe://{}/ns/{}/sa/{}",
+            self.trust_domain, self.namespace, self.service_account
+        )
     }
 }
 
@@ -107,7 +125,9 @@ impl FromStr for Identity {
         if text.len() > IDENTITY_MAX_BYTES {
             return Err(IdentityError::TooLong(text.len()));
         }
-        let rest = text.strip_prefix("spiffe://").ok_or_else(|| IdentityError::Scheme(text.to_owned()))?;
+        let rest = text
+            .strip_prefix("spiffe://")
+            .ok_or_else(|| IdentityError::Scheme(text.to_owned()))?;
         let parts: Vec<&str> = rest.split('/').collect();
         let [trust_domain, "ns", namespace, "sa", service_account] = parts[..] else {
             return Err(IdentityError::Shape(text.to_owned()));
@@ -159,7 +179,13 @@ mod tests {
         ] {
             assert!(bad.parse::<Identity>().is_err(), "{bad:?} must be refused");
         }
-        let long = format!("spiffe://cluster.local/ns/{}/sa/web", "n".repeat(IDENTITY_MAX_BYTES));
-        assert!(matches!(long.parse::<Identity>(), Err(IdentityError::TooLong(_))));
+        let long = format!(
+            "spiffe://cluster.local/ns/{}/sa/web",
+            "n".repeat(IDENTITY_MAX_BYTES)
+        );
+        assert!(matches!(
+            long.parse::<Identity>(),
+            Err(IdentityError::TooLong(_))
+        ));
     }
 }

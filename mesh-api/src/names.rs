@@ -39,7 +39,10 @@ impl NamespacedName {
     /// Builds a key from its two parts.
     #[must_use]
     pub fn new(namespace: &str, name: &str) -> Self {
-        Self { namespace: namespace.into(), name: name.into() }
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        }
     }
 }
 
@@ -48,7 +51,9 @@ impl std::str::FromStr for NamespacedName {
 
     fn from_str(text: &str) -> Result<Self, NotNamespaced> {
         match text.split_once('/') {
-            Some((namespace, name)) if !name.is_empty() && !name.contains('/') => Ok(Self::new(namespace, name)),
+            Some((namespace, name)) if !name.is_empty() && !name.contains('/') => {
+                Ok(Self::new(namespace, name))
+            }
             _ => Err(NotNamespaced(text.to_owned())),
         }
     }

@@ -1,2 +1,48 @@
-//! placeholder
-fn main() {}
+//! `cargo xtask`: every task of the project by one command, the same for people and for CI.
+
+#![forbid(unsafe_code)]
+
+mod build;
+mod check;
+mod setup;
+mod shell;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Every task of the Weft project.
+///
+/// Begin with `demo` (see it work) and `test` (see it proved). Both install what they lack.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Setup(setup::Options),
+    Build(build::Options),
+    Check(check::Options),
+    Test(test::Options),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Options::parse().command {
+        Command::Setup(options) => setup::run(&options),
+        Command::Build(options) => build::run(&options),
+        Command::Check(options) => check::run(&options),
+        Command::Test(options) => test::run(&options),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nerror: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,6 +1,10 @@
 //! The mesh as the agent believes it to be: plain values, no I/O.
 
-use std::{collections::BTreeMap, net::{IpAddr, SocketAddr}, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 use mesh_api::{
@@ -8,6 +12,8 @@ use mesh_api::{
     names::{NamespacedName, WorkloadUid},
     proto::security::Authorization,
 };
+
+use crate::policy::Compiled;
 
 /// A workload that the control plane told of.
 #[derive(Debug, Clone, PartialEq)]
@@ -170,6 +176,9 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// Identities that its certificate may carry; never empty for HBONE.
     pub identities: Arc<[Identity]>,
+    /// Distance by the service's locality preference: 0 is nearest. A farther rank is for when every nearer endpoint
+    /// fails.
+    pub rank: u8,
 }
 
 /// Where a captured connection goes.
@@ -189,8 +198,26 @@ pub enum Route {
         /// The service that was addressed.
         service: Arc<Service>,
     },
+    /// Known, but not reachable without bypassing what its owner asked for: refuse the connection.
+    Refused {
+        /// The service, or the workload, that was addressed.
+        destination: NamespacedName,
+        /// What stands in the way.
+        reason: Refusal,
+    },
     /// Outside the mesh, or a service in passthrough mode: dial the destination as it is.
     Passthrough,
+}
+
+/// Why a known destination is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Its traffic has to pass a waypoint, which enforces policies that this node does not know; going around it would
+    /// bypass them.
+    #[error(
+        "the destination requires a waypoint, which this agent does not support; it refuses rather than bypass it"
+    )]
+    Waypoint,
 }
 
 /// An authorization policy together with its key.
@@ -200,4 +227,6 @@ pub struct Policy {
     pub key: NamespacedName,
     /// The wire form; checked when it was accepted.
     pub spec: Authorization,
+    /// The form in which it is evaluated.
+    pub(crate) compiled: Compiled,
 }

@@ -1,1 +1,16 @@
-//! placeholder
+//! Starting, following the mesh, enrolling on request, draining and uninstalling: what ties the other modules together.
+
+mod agent;
+mod enrolment;
+mod error;
+mod follow;
+mod kernel_metrics;
+pub mod records;
+mod requests;
+mod same_node;
+mod standalone;
+mod uninstall;
+
+pub use agent::run;
+pub use error::AgentError;
+pub use uninstall::uninstall;

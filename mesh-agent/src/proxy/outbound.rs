@@ -10,6 +10,7 @@ use std::{
 };
 
 use http::{HeaderMap, StatusCode};
+use mesh_api::names::NamespacedName;
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
@@ -27,7 +28,7 @@ use super::{
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, TUNNEL_PORT, Verdict, dial},
-    discovery::model::{Endpoint, Route, SameNode, Service, Tunnel, Workload},
+    discovery::model::{Endpoint, Refusal, Route, SameNode, Service, Tunnel, Workload},
     policy::{self, Decision},
     sys::socket::tcp_statistics,
     telemetry::{CloseReason, ConnectionInfo, Direction, OpenConnection, Party, Security},
@@ -50,6 +51,9 @@ pub enum OutboundError {
     /// The service has no endpoint for this port.
     #[error("the service has no usable endpoint")]
     NoEndpoint,
+    /// The destination cannot be reached without bypassing what its owner asked for.
+    #[error("{0}: {1}")]
+    Refused(NamespacedName, Refusal),
     /// Plain TCP to the destination failed.
     #[error("cannot connect to {0}: {1}")]
     Dial(SocketAddr, #[source] io::Error),
@@ -75,6 +79,7 @@ impl OutboundError {
             Self::Destination(_)
             | Self::UnknownWorkload
             | Self::NoEndpoint
+            | Self::Refused(..)
             | Self::Abandoned
             | Self::Closed(_) => false,
         }
@@ -91,7 +96,7 @@ impl OutboundError {
         match self {
             Self::Destination(_) => CloseReason::BadRequest,
             Self::UnknownWorkload => CloseReason::UnknownWorkload,
-            Self::NoEndpoint => CloseReason::NoEndpoint,
+            Self::NoEndpoint | Self::Refused(..) => CloseReason::NoEndpoint,
             Self::Abandoned => CloseReason::ClientReset,
             Self::Closed(reason) => *reason,
             Self::Dial(..) | Self::TimedOut(_) => CloseReason::ConnectFailed,
@@ -152,6 +157,7 @@ pub(super) async fn serve(
         }
     };
     attempt.learn_success();
+    let _in_flight = attempt.in_flight.take();
     drop(attempt);
     worker
         .context
@@ -225,6 +231,8 @@ struct Attempt<'a> {
     /// A refusal holds for the whole destination, not for one of several endpoints.
     single: bool,
     lesson: Lesson,
+    /// Of a service's endpoint, once connected.
+    in_flight: Option<InFlight>,
 }
 
 impl<'a> Attempt<'a> {
@@ -245,6 +253,7 @@ impl<'a> Attempt<'a> {
             endpoint: None,
             single: false,
             lesson: Lesson::None,
+            in_flight: None,
         }
     }
 
@@ -270,6 +279,10 @@ impl<'a> Attempt<'a> {
                 self.service = Some(service);
                 Err(OutboundError::NoEndpoint)
             }
+            Route::Refused {
+                destination,
+                reason,
+            } => Err(OutboundError::Refused(destination, reason)),
             Route::Workload(endpoint) => {
                 self.single = true;
                 self.lesson = Lesson::SameNode;
@@ -291,12 +304,19 @@ impl<'a> Attempt<'a> {
         let mut exclude = None;
         let mut last = OutboundError::NoEndpoint;
         for _ in 0..ENDPOINT_ATTEMPTS {
-            let Some(endpoint) = choose(endpoints, exclude) else {
+            let Some(endpoint) = self.choose(endpoints, exclude) else {
                 break;
             };
+            let in_flight = InFlight::start(self.worker, endpoint.address);
+            let began = Instant::now();
             match self.reach_endpoint(source, endpoint.clone()).await {
-                Ok(upstream) => return Ok(upstream),
+                Ok(upstream) => {
+                    in_flight.connected(began.elapsed());
+                    self.in_flight = Some(in_flight);
+                    return Ok(upstream);
+                }
                 Err(error) if error.elsewhere() => {
+                    in_flight.failed();
                     exclude = Some(endpoint.address);
                     last = error;
                 }
@@ -304,6 +324,17 @@ impl<'a> Attempt<'a> {
             }
         }
         Err(last)
+    }
+
+    /// The endpoint to try next, never the one that has just failed.
+    fn choose<'e>(
+        &self,
+        endpoints: &'e [Endpoint],
+        exclude: Option<SocketAddr>,
+    ) -> Option<&'e Endpoint> {
+        let mut balancer = self.worker.balancer.borrow_mut();
+        let index = balancer.choose(Instant::now(), endpoints, exclude)?;
+        endpoints.get(index)
     }
 
     async fn reach_endpoint(
@@ -481,11 +512,45 @@ fn kernel_eligible(source: &Workload, destination: &Workload, node: &str) -> boo
         && wish(destination)
 }
 
-/// The endpoint to try next, never the one that has just failed.
-fn choose(endpoints: &[Endpoint], exclude: Option<SocketAddr>) -> Option<&Endpoint> {
-    endpoints
-        .iter()
-        .find(|endpoint| Some(endpoint.address) != exclude)
+/// A connection to an endpoint of a service, from its choice to its end, as the balancer counts it.
+struct InFlight {
+    worker: Rc<Worker>,
+    address: SocketAddr,
+    /// Still counted; a failure counts itself out.
+    counted: bool,
+}
+
+impl InFlight {
+    fn start(worker: &Rc<Worker>, address: SocketAddr) -> Self {
+        worker
+            .balancer
+            .borrow_mut()
+            .started(Instant::now(), address);
+        Self {
+            worker: worker.clone(),
+            address,
+            counted: true,
+        }
+    }
+
+    fn connected(&self, took: Duration) {
+        let mut balancer = self.worker.balancer.borrow_mut();
+        balancer.connected(Instant::now(), self.address, took);
+    }
+
+    fn failed(mut self) {
+        self.counted = false;
+        let mut balancer = self.worker.balancer.borrow_mut();
+        balancer.failed(Instant::now(), self.address);
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if self.counted {
+            self.worker.balancer.borrow_mut().finished(self.address);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -531,19 +596,5 @@ mod tests {
         assert!(!refused(StatusCode::SERVICE_UNAVAILABLE).denied());
         assert!(OutboundError::Tunnel(TunnelError::TimedOut("answer")).elsewhere());
         assert!(!OutboundError::Tunnel(TunnelError::Limit).elsewhere());
-    }
-
-    #[test]
-    fn the_failed_endpoint_is_not_tried_again() {
-        let endpoint = |address: &str| Endpoint {
-            workload: Arc::new(workload("cart", "10.1.0.5")),
-            address: address.parse().expect("literal"),
-            identities: Arc::from([]),
-        };
-        let endpoints = [endpoint("10.1.0.5:80"), endpoint("10.1.0.6:80")];
-        let first = choose(&endpoints, None).expect("two there").address;
-        let second = choose(&endpoints, Some(first)).expect("one left").address;
-        assert_ne!(first, second);
-        assert_eq!(choose(&endpoints[..1], Some(first)), None);
     }
 }

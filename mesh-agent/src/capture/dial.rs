@@ -1,0 +1,104 @@
+//! Sockets inside a workload's namespace: listeners, and connections that the agent makes there.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    os::fd::AsFd,
+    time::Duration,
+};
+
+use mesh_ebpf::CAPTURE_MARK;
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpSocket, TcpStream};
+
+use super::{
+    DialOptions, Listeners, LocalWorkload, OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT,
+    error::CaptureError,
+};
+use crate::sys::{netns::Netns, socket};
+
+/// Connections that wait to be accepted, per listener. The kernel caps it at `net.core.somaxconn` (4096 by default).
+const LISTEN_BACKLOG: i32 = 4096;
+/// Idle time before the first keepalive probe: under the 350 s after which common load balancers and NATs forget.
+const KEEPALIVE_TIME: Duration = Duration::from_secs(180);
+/// Between probes; with the kernel's nine probes a dead peer is found within 180 s + 9 × 15 s.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+
+/// See [`super::dial`].
+pub(super) async fn dial(
+    workload: &LocalWorkload,
+    destination: SocketAddr,
+    options: DialOptions,
+) -> io::Result<TcpStream> {
+    let destination = SocketAddr::new(destination.ip().to_canonical(), destination.port());
+    let socket = workload.netns.run(|| {
+        Socket::new(
+            Domain::for_address(destination),
+            Type::STREAM.nonblocking(),
+            None,
+        )
+    })??;
+    set_common_options(&socket)?;
+    let source = options.source.map(|ip| ip.to_canonical());
+    if let Some(source) = source
+        .filter(|source| *source != destination.ip() && source.is_ipv4() == destination.is_ipv4())
+    {
+        socket::set_transparent(socket.as_fd(), source.is_ipv6())?;
+        socket::set_mark(socket.as_fd(), CAPTURE_MARK)?;
+        socket::set_bind_address_no_port(socket.as_fd())?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
+    TcpSocket::from_std_stream(socket.into())
+        .connect(destination)
+        .await
+}
+
+/// Applied to every connection of the agent, accepted ones included.
+pub fn set_common_options(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(KEEPALIVE_TIME)
+            .with_interval(KEEPALIVE_INTERVAL),
+    )
+}
+
+/// Opens the three listeners of a workload.
+pub(super) fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
+    let open = |port| {
+        let opened = netns.run(|| open_listener(port)).and_then(|inner| inner);
+        opened.map_err(|source| CaptureError::Listen {
+            port,
+            path: netns.path().to_owned(),
+            source,
+        })
+    };
+    Ok(Listeners {
+        outbound: open(OUTBOUND_PORT)?,
+        plaintext: open(PLAINTEXT_PORT)?,
+        tunnel: open(TUNNEL_PORT)?,
+    })
+}
+
+/// Dual-stack where the namespace has IPv6: one listener then takes the SYNs of both families, which sk_lookup
+/// allows for sockets that are not IPv6-only (net/core/filter.c, `bpf_sk_lookup_assign`).
+fn open_listener(port: u16) -> io::Result<TcpListener> {
+    let has_ipv6 = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP));
+    let (socket, any) = match has_ipv6 {
+        Ok(socket) => {
+            socket.set_only_v6(false)?;
+            (socket, IpAddr::V6(Ipv6Addr::UNSPECIFIED))
+        }
+        Err(_) => (
+            Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?,
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        ),
+    };
+    socket.set_reuse_address(true)?;
+    // Captured SYNs have destinations that are not this host's.
+    socket::set_transparent(socket.as_fd(), any.is_ipv6())?;
+    socket.bind(&SocketAddr::new(any, port).into())?;
+    socket.listen(LISTEN_BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}

@@ -1,0 +1,99 @@
+//! Same-node flows: what they did, and ending those that policy forbids by now.
+
+use std::net::SocketAddr;
+
+use mesh_ebpf::{EdgeCounters, EdgeKey, FlowKey};
+
+use super::{Capture, Enrolled, kernel};
+use crate::sys::{diag, netns::NetnsCookie};
+
+/// A live same-node flow between two enrolled workloads.
+#[derive(Debug, Clone)]
+pub struct SameNodeFlow {
+    /// Who dialled.
+    pub source: Enrolled,
+    /// Who was dialled.
+    pub destination: Enrolled,
+    /// Address of the client's socket.
+    pub source_address: SocketAddr,
+    /// Address that was dialled.
+    pub destination_address: SocketAddr,
+    key: FlowKey,
+}
+
+/// What one same-node edge did since it was first seen.
+#[derive(Debug, Clone)]
+pub struct SameNodeEdge {
+    /// Who dials.
+    pub source: Enrolled,
+    /// What it dials.
+    pub destination: SocketAddr,
+    /// Totals, never decreasing while the edge is known.
+    pub counters: EdgeCounters,
+    /// Identifies the edge between two calls.
+    pub key: EdgeKey,
+}
+
+impl Capture {
+    /// Same-node flows that live now and whose two ends are enrolled.
+    #[must_use]
+    pub fn same_node_flows(&self) -> Vec<SameNodeFlow> {
+        let flow = |(key, flow): (FlowKey, mesh_ebpf::Flow)| {
+            Some(SameNodeFlow {
+                source: self.by_cookie(NetnsCookie(flow.source_cookie))?,
+                destination: self.by_cookie(NetnsCookie(flow.destination_cookie))?,
+                source_address: SocketAddr::new(kernel::ip(&key.source), port(key.source_port)),
+                destination_address: SocketAddr::new(
+                    kernel::ip(&key.destination),
+                    port(key.destination_port),
+                ),
+                key,
+            })
+        };
+        self.kernel()
+            .same_node_flows()
+            .into_iter()
+            .filter_map(flow)
+            .collect()
+    }
+
+    /// Ends a flow with RST at both ends.
+    ///
+    /// # Errors
+    /// Those of [`diag::destroy_tcp`].
+    pub fn end_flow(&self, flow: &SameNodeFlow) -> std::io::Result<()> {
+        diag::destroy_tcp(
+            &flow.source.local.netns,
+            flow.source_address,
+            flow.destination_address,
+        )?;
+        diag::destroy_tcp(
+            &flow.destination.local.netns,
+            flow.destination_address,
+            flow.source_address,
+        )?;
+        self.kernel().forget_flow(&flow.key);
+        Ok(())
+    }
+
+    /// Counters of all same-node edges of enrolled workloads.
+    #[must_use]
+    pub fn same_node_edges(&self) -> Vec<SameNodeEdge> {
+        let edge = |(key, counters): (EdgeKey, EdgeCounters)| {
+            let source = self.by_cookie(NetnsCookie(key.cookie))?;
+            let destination = SocketAddr::new(kernel::ip(&key.address), port(key.port));
+            Some(SameNodeEdge {
+                source,
+                destination,
+                counters,
+                key,
+            })
+        };
+        self.kernel().edges().into_iter().filter_map(edge).collect()
+    }
+}
+
+/// Ports of map keys come from 16-bit fields of the kernel.
+fn port(value: u32) -> u16 {
+    u16::try_from(value).unwrap_or_default()
+}

@@ -1,0 +1,655 @@
+//! Programs, maps and links of this node: loaded once, pinned, and taken over from a previous agent.
+//!
+//! Pins live in `<bpffs root>/weft-<node>/v<ABI>/`: maps by name, links as `link-…`. Programs need no pin: links hold
+//! them. A restarted agent loads its own programs against the pinned maps and swaps them into the pinned links, so
+//! there is never a moment without a program or with two.
+
+use std::{
+    collections::HashSet,
+    fs,
+    net::{IpAddr, SocketAddr},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, SockHash},
+    programs::{CgroupSockAddr, SkLookup, SockOps},
+};
+use mesh_ebpf::{
+    ABI_VERSION, Address, Destination, EdgeCounters, EdgeKey, Flow, FlowKey, Globals, ListenerKey,
+    Verdict, Workload,
+};
+use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsType, statfs};
+
+use super::{Listeners, error::CaptureError};
+use crate::sys::{
+    bpf::{self, AttachType},
+    netns::{Netns, NetnsCookie},
+};
+
+/// The programs, as the build script made them.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weft-ebpf.o"));
+
+/// Where the kernel objects of one agent live.
+#[derive(Debug, Clone)]
+pub struct KernelConfig {
+    /// cgroup v2 folder below which connections are looked at; normally the root of the hierarchy.
+    pub cgroup_root: PathBuf,
+    /// A bpffs mount or a folder on one.
+    pub bpffs_root: PathBuf,
+    /// Names the pins and the agent's cgroup, so that several agents can share a kernel.
+    pub node: String,
+}
+
+impl KernelConfig {
+    /// Folder of this node's pins, all versions.
+    #[must_use]
+    pub fn node_dir(&self) -> PathBuf {
+        self.bpffs_root.join(format!("weft-{}", self.node))
+    }
+
+    /// Folder of the pins of this ABI.
+    #[must_use]
+    pub fn pin_dir(&self) -> PathBuf {
+        self.node_dir().join(format!("v{ABI_VERSION}"))
+    }
+
+    /// The agent's own cgroup: processes in it are never captured.
+    #[must_use]
+    pub fn agent_cgroup(&self) -> PathBuf {
+        self.cgroup_root.join(format!("weft-agent-{}", self.node))
+    }
+}
+
+/// Handles on the maps. One lock for all: they are changed on enrolment and on changes of the mesh, not per byte.
+pub struct Maps {
+    globals: Array<MapData, Globals>,
+    workloads: HashMap<MapData, u64, Workload>,
+    addresses: HashMap<MapData, Address, Workload>,
+    listeners: SockHash<MapData, ListenerKey>,
+    dead: HashMap<MapData, Destination, u32>,
+    flows: HashMap<MapData, FlowKey, Flow>,
+    edges: PerCpuHashMap<MapData, EdgeKey, EdgeCounters>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+/// The kernel side of one agent.
+pub struct Kernel {
+    config: KernelConfig,
+    programs: Ebpf,
+    maps: Mutex<Maps>,
+    /// Of its own, because workers write it while connections are set up.
+    verdicts: Mutex<HashMap<MapData, EdgeKey, Verdict>>,
+}
+
+impl std::fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kernel")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What an adopted or new kernel side was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing was there.
+    Nothing,
+    /// Maps and links of a previous agent were taken over.
+    Previous,
+}
+
+impl Kernel {
+    /// Moves the process into its cgroup, loads the programs against new or pinned maps, and attaches the connect
+    /// hooks. On failure nothing stays behind that was not there before.
+    ///
+    /// # Errors
+    /// Says which program, file or file system is at fault.
+    pub fn start(config: KernelConfig) -> Result<(Self, Found), CaptureError> {
+        check_file_system(
+            &config.bpffs_root,
+            BPF_FS_MAGIC,
+            "bpf",
+            "mount -t bpf bpf /sys/fs/bpf",
+            "--bpffs-root",
+        )?;
+        check_file_system(
+            &config.cgroup_root,
+            CGROUP2_SUPER_MAGIC,
+            "cgroup2",
+            "mount -t cgroup2 none /sys/fs/cgroup",
+            "--cgroup-root",
+        )?;
+        let pin_dir = config.pin_dir();
+        let found = if pin_dir.is_dir() {
+            Found::Previous
+        } else {
+            Found::Nothing
+        };
+        let started = Self::load_and_attach(config.clone());
+        if started.is_err() && found == Found::Nothing {
+            remove_node_pins(&config);
+            remove_agent_cgroup(&config);
+        }
+        started.map(|kernel| (kernel, found))
+    }
+
+    fn load_and_attach(config: KernelConfig) -> Result<Self, CaptureError> {
+        let agent_cgroup = enter_agent_cgroup(&config)?;
+        let pin_dir = config.pin_dir();
+        fs::create_dir_all(&pin_dir).map_err(CaptureError::file("create", &pin_dir))?;
+        let mut programs = EbpfLoader::new()
+            .default_map_pin_directory(&pin_dir)
+            .override_global("AGENT_CGROUP", &agent_cgroup, true)
+            .load(OBJECT)
+            .map_err(|error| CaptureError::Load {
+                program: "all".into(),
+                reason: chain(&error),
+            })?;
+        for name in ["weft_connect4", "weft_connect6"] {
+            load::<CgroupSockAddr>(&mut programs, name, CgroupSockAddr::load)?;
+        }
+        for name in ["weft_flow", "weft_agent_flow"] {
+            load::<SockOps>(&mut programs, name, SockOps::load)?;
+        }
+        load::<SkLookup>(&mut programs, "weft_lookup", SkLookup::load)?;
+        let maps = Maps {
+            globals: take(&mut programs, "GLOBALS")?,
+            workloads: take(&mut programs, "WORKLOADS")?,
+            addresses: take(&mut programs, "ADDRESSES")?,
+            listeners: take(&mut programs, "LISTENERS")?,
+            dead: take(&mut programs, "DEAD")?,
+            flows: take(&mut programs, "FLOWS")?,
+            edges: take(&mut programs, "EDGES")?,
+            counters: take(&mut programs, "COUNTERS")?,
+        };
+        let verdicts = take(&mut programs, "VERDICTS")?;
+        let kernel = Self {
+            config,
+            programs,
+            maps: Mutex::new(maps),
+            verdicts: Mutex::new(verdicts),
+        };
+        let cgroup_root = open_dir(&kernel.config.cgroup_root)?;
+        let agent_dir = open_dir(&kernel.config.agent_cgroup())?;
+        // The agent's own sockets first: were it captured before it is known, it would loop.
+        kernel.attach(
+            "weft_agent_flow",
+            "agent-flow",
+            agent_dir.as_fd(),
+            AttachType::SockOps,
+        )?;
+        kernel.attach(
+            "weft_connect4",
+            "connect4",
+            cgroup_root.as_fd(),
+            AttachType::Connect4,
+        )?;
+        kernel.attach(
+            "weft_connect6",
+            "connect6",
+            cgroup_root.as_fd(),
+            AttachType::Connect6,
+        )?;
+        Ok(kernel)
+    }
+
+    /// Configuration it was started with.
+    #[must_use]
+    pub fn config(&self) -> &KernelConfig {
+        &self.config
+    }
+
+    /// For the kernel logger.
+    pub fn programs_mut(&mut self) -> &mut Ebpf {
+        &mut self.programs
+    }
+
+    /// Puts a program at its place: into the pinned link if there is one that still holds, else by a new link.
+    fn attach(
+        &self,
+        program: &'static str,
+        pin: &str,
+        target: BorrowedFd<'_>,
+        kind: AttachType,
+    ) -> Result<(), CaptureError> {
+        let path = self.config.pin_dir().join(format!("link-{pin}"));
+        let failed = |source| CaptureError::Attach {
+            program,
+            target: pin.to_owned(),
+            source,
+        };
+        let fd = self.program_fd(program)?;
+        if let Ok(link) = bpf::open_pin(&path) {
+            match bpf::link_update(link.as_fd(), fd) {
+                Ok(()) => return Ok(()),
+                // The cgroup or namespace of the link is gone; its successor needs a link of its own.
+                Err(error) => tracing::info!(pin, %error, "pinned link is dead, attaching anew"),
+            }
+            fs::remove_file(&path).map_err(CaptureError::file("remove", &path))?;
+        }
+        let link = bpf::link_create(fd, target, kind).map_err(failed)?;
+        bpf::pin(link.as_fd(), &path).map_err(CaptureError::file("pin a link at", &path))
+    }
+
+    fn detach(&self, pin: &str) {
+        let path = self.config.pin_dir().join(format!("link-{pin}"));
+        if let Err(error) = fs::remove_file(&path)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %path.display(), %error, "cannot remove a pinned link");
+        }
+    }
+
+    fn program_fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, CaptureError> {
+        let missing = || CaptureError::Load {
+            program: name.to_owned(),
+            reason: "not in the object".to_owned(),
+        };
+        let program = self.programs.program(name).ok_or_else(missing)?;
+        program
+            .fd()
+            .map(|fd| fd.as_fd())
+            .map_err(|error| CaptureError::Load {
+                program: name.to_owned(),
+                reason: chain(&error),
+            })
+    }
+
+    /// Runs the inbound program on a hand-made `struct bpf_sk_lookup`, for tests.
+    ///
+    /// # Errors
+    /// Those of `BPF_PROG_TEST_RUN`.
+    pub fn test_lookup(&self, context: &mut [u8]) -> Result<u32, CaptureError> {
+        let fd = self.program_fd("weft_lookup")?;
+        bpf::test_run(fd, context).map_err(CaptureError::file("run", "weft_lookup"))
+    }
+
+    /// Captures inbound connections of a namespace.
+    pub(super) fn attach_lookup(&self, netns: &Netns) -> Result<(), CaptureError> {
+        self.attach(
+            "weft_lookup",
+            &format!("lookup-{:x}", netns.cookie().0),
+            netns.as_fd(),
+            AttachType::SkLookup,
+        )
+    }
+
+    /// Counts flows of a workload's cgroup, and lets them go the same-node way.
+    pub(super) fn attach_flow(
+        &self,
+        cookie: NetnsCookie,
+        cgroup: &Path,
+    ) -> Result<(), CaptureError> {
+        let dir = open_dir(cgroup)?;
+        self.attach(
+            "weft_flow",
+            &format!("flow-{:x}", cookie.0),
+            dir.as_fd(),
+            AttachType::SockOps,
+        )
+    }
+
+    /// Removes the links of a workload.
+    pub(super) fn detach_workload(&self, cookie: NetnsCookie) {
+        self.detach(&format!("lookup-{:x}", cookie.0));
+        self.detach(&format!("flow-{:x}", cookie.0));
+    }
+
+    /// Puts the listeners where the programs find them.
+    pub(super) fn set_listeners(
+        &self,
+        cookie: NetnsCookie,
+        listeners: &Listeners,
+    ) -> Result<(), CaptureError> {
+        let mut maps = self.lock();
+        let classes = [
+            (mesh_ebpf::CLASS_OUTBOUND, &listeners.outbound),
+            (mesh_ebpf::CLASS_PLAINTEXT, &listeners.plaintext),
+            (mesh_ebpf::CLASS_TUNNEL, &listeners.tunnel),
+        ];
+        for (class, listener) in classes {
+            let key = ListenerKey {
+                cookie: cookie.0,
+                class,
+                padding: 0,
+            };
+            maps.listeners
+                .insert(key, listener.as_raw_fd(), 0)
+                .map_err(|error| CaptureError::map("LISTENERS", error))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the programs know the workload's addresses (inbound).
+    ///
+    /// # Errors
+    /// When the map is full.
+    pub fn set_addresses(
+        &self,
+        workload: Workload,
+        addresses: &[IpAddr],
+    ) -> Result<(), CaptureError> {
+        let mut maps = self.lock();
+        for ip in addresses {
+            let key = address(*ip);
+            maps.addresses
+                .insert(key, workload, 0)
+                .map_err(|error| CaptureError::map("ADDRESSES", error))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the connect hooks capture the workload (outbound).
+    pub(super) fn set_workload(&self, workload: Workload) -> Result<(), CaptureError> {
+        self.lock()
+            .workloads
+            .insert(workload.cookie, workload, 0)
+            .map_err(|error| CaptureError::map("WORKLOADS", error))
+    }
+
+    /// Forgets everything of a namespace but its links.
+    pub(super) fn forget(&self, cookie: NetnsCookie) {
+        let mut maps = self.lock();
+        report("WORKLOADS", maps.workloads.remove(&cookie.0));
+        let addresses: Vec<Address> = maps
+            .addresses
+            .iter()
+            .flatten()
+            .filter(|(_, w)| w.cookie == cookie.0)
+            .map(|(a, _)| a)
+            .collect();
+        for key in addresses {
+            report("ADDRESSES", maps.addresses.remove(&key));
+        }
+        for class in [
+            mesh_ebpf::CLASS_OUTBOUND,
+            mesh_ebpf::CLASS_PLAINTEXT,
+            mesh_ebpf::CLASS_TUNNEL,
+        ] {
+            report(
+                "LISTENERS",
+                maps.listeners.remove(&ListenerKey {
+                    cookie: cookie.0,
+                    class,
+                    padding: 0,
+                }),
+            );
+        }
+        let flows: Vec<FlowKey> = maps
+            .flows
+            .iter()
+            .flatten()
+            .filter(|(_, flow)| {
+                flow.source_cookie == cookie.0 || flow.destination_cookie == cookie.0
+            })
+            .map(|(key, _)| key)
+            .collect();
+        for key in flows {
+            report("FLOWS", maps.flows.remove(&key));
+        }
+        let edges: Vec<EdgeKey> = maps
+            .edges
+            .keys()
+            .flatten()
+            .filter(|key| key.cookie == cookie.0)
+            .collect();
+        for key in edges {
+            report("EDGES", maps.edges.remove(&key));
+        }
+    }
+
+    /// Namespace that an address belongs to.
+    pub(super) fn owner(&self, ip: IpAddr) -> Option<u64> {
+        self.lock()
+            .addresses
+            .get(&address(ip), 0)
+            .ok()
+            .map(|workload| workload.cookie)
+    }
+
+    /// Namespaces that the programs know, whoever enrolled them.
+    pub(super) fn known_workloads(&self) -> Vec<NetnsCookie> {
+        self.lock()
+            .workloads
+            .keys()
+            .flatten()
+            .map(NetnsCookie)
+            .collect()
+    }
+
+    /// Whether the programs know the workload as it should be, for the status.
+    pub(super) fn workload(&self, cookie: NetnsCookie) -> Option<Workload> {
+        self.lock().workloads.get(&cookie.0, 0).ok()
+    }
+
+    /// Voids all verdicts of other generations.
+    pub(super) fn set_generation(&self, generation: u64) -> Result<(), CaptureError> {
+        self.lock()
+            .globals
+            .set(0, Globals { generation }, 0)
+            .map_err(|error| CaptureError::map("GLOBALS", error))
+    }
+
+    /// Replaces the set of service addresses that `connect(2)` refuses. More than the map holds are left to the proxy.
+    pub(super) fn set_dead(&self, destinations: &[SocketAddr]) {
+        let wanted: HashSet<Destination> = destinations
+            .iter()
+            .map(|d| Destination {
+                address: address(d.ip()),
+                port: u32::from(d.port()),
+            })
+            .collect();
+        let mut maps = self.lock();
+        let present: Vec<Destination> = maps.dead.keys().flatten().collect();
+        for key in &present {
+            if !wanted.contains(key) {
+                report("DEAD", maps.dead.remove(key));
+            }
+        }
+        for key in wanted.into_iter().take(mesh_ebpf::DEAD_MAX as usize) {
+            if let Err(error) = maps.dead.insert(key, 1, 0) {
+                tracing::warn!(%error, "cannot mark a service without endpoints; the proxy refuses its connections instead");
+                return;
+            }
+        }
+    }
+
+    /// Same-node flows that live now.
+    pub(super) fn same_node_flows(&self) -> Vec<(FlowKey, Flow)> {
+        self.lock()
+            .flows
+            .iter()
+            .flatten()
+            .filter(|(_, flow)| flow.source_cookie != 0)
+            .collect()
+    }
+
+    /// Forgets a flow that was destroyed.
+    pub(super) fn forget_flow(&self, key: &FlowKey) {
+        report("FLOWS", self.lock().flows.remove(key));
+    }
+
+    /// What same-node edges did since they were first seen.
+    pub(super) fn edges(&self) -> Vec<(EdgeKey, EdgeCounters)> {
+        let maps = self.lock();
+        let sum = |values: &aya::maps::PerCpuValues<EdgeCounters>| {
+            values
+                .iter()
+                .fold(EdgeCounters::default(), |mut total, one| {
+                    total.opened += one.opened;
+                    total.closed += one.closed;
+                    total.failed += one.failed;
+                    total.sent_bytes += one.sent_bytes;
+                    total.received_bytes += one.received_bytes;
+                    total.retransmits += one.retransmits;
+                    total.rtt_us = total.rtt_us.max(one.rtt_us);
+                    total
+                })
+        };
+        maps.edges
+            .iter()
+            .flatten()
+            .map(|(key, values)| (key, sum(&values)))
+            .collect()
+    }
+
+    /// Sums of the event counters (`mesh_ebpf::counter`).
+    #[must_use]
+    pub fn counters(&self) -> [u64; mesh_ebpf::counter::COUNT as usize] {
+        let maps = self.lock();
+        std::array::from_fn(|index| {
+            let values = maps
+                .counters
+                .get(&u32::try_from(index).unwrap_or(u32::MAX), 0);
+            values.map_or(0, |values| values.iter().sum())
+        })
+    }
+
+    pub(super) fn set_verdict(&self, key: EdgeKey, verdict: Verdict) -> Result<(), MapError> {
+        self.verdicts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(key, verdict, 0)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Maps> {
+        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The form in which programs know addresses.
+pub(super) fn address(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(v4) => Address::from_octets(v4.to_ipv6_mapped().octets()),
+        IpAddr::V6(v6) => Address::from_octets(v6.octets()),
+    }
+}
+
+/// The form in which people know them.
+pub(super) fn ip(address: &Address) -> IpAddr {
+    IpAddr::V6(address.octets().into()).to_canonical()
+}
+
+/// Removes every pin of this node. Links go with their pins, programs with their links.
+pub fn remove_node_pins(config: &KernelConfig) {
+    let dir = config.node_dir();
+    if let Err(error) = fs::remove_dir_all(&dir)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %dir.display(), %error, "cannot remove pins");
+    }
+}
+
+/// Removes the agent's cgroup; the process goes back to the cgroup root first.
+pub fn remove_agent_cgroup(config: &KernelConfig) {
+    let dir = config.agent_cgroup();
+    if !dir.is_dir() {
+        return;
+    }
+    let own = std::process::id().to_string();
+    let inside = fs::read_to_string(dir.join("cgroup.procs"))
+        .is_ok_and(|procs| procs.lines().any(|pid| pid == own));
+    if inside && let Err(error) = fs::write(config.cgroup_root.join("cgroup.procs"), &own) {
+        tracing::warn!(%error, "cannot leave the agent's cgroup");
+    }
+    if let Err(error) = fs::remove_dir(&dir) {
+        tracing::warn!(path = %dir.display(), %error, "cannot remove the agent's cgroup");
+    }
+}
+
+/// Returns the cgroup's id, which is the inode of its folder.
+fn enter_agent_cgroup(config: &KernelConfig) -> Result<u64, CaptureError> {
+    let dir = config.agent_cgroup();
+    fs::create_dir_all(&dir).map_err(CaptureError::file("create", &dir))?;
+    let procs = dir.join("cgroup.procs");
+    fs::write(&procs, std::process::id().to_string())
+        .map_err(CaptureError::file("enter the cgroup by", &procs))?;
+    fs::metadata(&dir)
+        .map(|metadata| metadata.ino())
+        .map_err(CaptureError::file("look at", &dir))
+}
+
+fn check_file_system(
+    path: &Path,
+    magic: FsType,
+    expected: &'static str,
+    hint: &'static str,
+    option: &'static str,
+) -> Result<(), CaptureError> {
+    let found = statfs(path).map_err(|errno| CaptureError::file("look at", path)(errno.into()))?;
+    if found.filesystem_type() == magic {
+        return Ok(());
+    }
+    Err(CaptureError::WrongFileSystem {
+        path: path.to_owned(),
+        expected,
+        hint,
+        option,
+    })
+}
+
+fn open_dir(path: &Path) -> Result<OwnedFd, CaptureError> {
+    fs::File::open(path)
+        .map(OwnedFd::from)
+        .map_err(CaptureError::file("open", path))
+}
+
+fn load<'a, P>(
+    programs: &'a mut Ebpf,
+    name: &str,
+    load: impl FnOnce(&mut P) -> Result<(), aya::programs::ProgramError>,
+) -> Result<(), CaptureError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = aya::programs::ProgramError>,
+    P: 'a,
+{
+    let failed = |reason: String| CaptureError::Load {
+        program: name.to_owned(),
+        reason,
+    };
+    let program = programs
+        .program_mut(name)
+        .ok_or_else(|| failed("not in the object".to_owned()))?;
+    let program: &mut P = program.try_into().map_err(|error| failed(chain(&error)))?;
+    load(program).map_err(|error| failed(chain(&error)))
+}
+
+fn take<M>(programs: &mut Ebpf, name: &'static str) -> Result<M, CaptureError>
+where
+    M: TryFrom<Map>,
+    M::Error: std::fmt::Display,
+{
+    let map = programs
+        .take_map(name)
+        .ok_or_else(|| CaptureError::map(name, "not in the object"))?;
+    M::try_from(map).map_err(|error| CaptureError::map(name, error))
+}
+
+/// An entry that is not there is as good as removed.
+fn report(map: &'static str, result: Result<(), MapError>) {
+    match result {
+        Ok(()) | Err(MapError::KeyNotFound | MapError::ElementNotFound) => {}
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) => {}
+        Err(error) => tracing::warn!(map, %error, "cannot remove an entry"),
+    }
+}
+
+/// An error with all its causes: the verifier's output is in the last one.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,346 @@
+//! Enrolling and un-enrolling: the order of steps, and undoing them.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use mesh_api::local::Enrolment;
+use mesh_ebpf::{FLAG_FAIL_CLOSED, FLAG_SAME_NODE};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Listeners, LocalWorkload, Verdicts, dial, error::CaptureError, kernel::Kernel, steering,
+};
+use crate::{
+    discovery::model::{CaptureSettings, FailureMode, SameNode},
+    sys::{
+        self,
+        netns::{Netns, NetnsCookie},
+    },
+};
+
+/// What must outlive the agent to undo an enrolment; kept in the run directory by `lifecycle`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// What was asked for.
+    pub enrolment: Enrolment,
+    /// Cookie of the namespace at that time: the path may name another one later.
+    pub cookie: u64,
+    /// Addresses that were captured.
+    pub addresses: Vec<IpAddr>,
+    /// Value of `tcp_fwmark_accept` before.
+    pub former_fwmark_accept: String,
+}
+
+/// A workload whose traffic is captured.
+#[derive(Debug, Clone)]
+pub struct Enrolled {
+    /// For the proxy.
+    pub local: Arc<LocalWorkload>,
+    /// For undoing it.
+    pub record: Record,
+}
+
+/// The kernel side of the node and the workloads enrolled on it.
+#[derive(Debug)]
+pub struct Capture {
+    kernel: Arc<Kernel>,
+    generation_base: u64,
+    enrolled: Mutex<HashMap<(String, String), Enrolled>>,
+}
+
+impl Capture {
+    /// Manages workloads on a kernel side that was started.
+    ///
+    /// # Errors
+    /// When the kernel refuses the generation.
+    pub fn new(kernel: Kernel) -> Result<Self, CaptureError> {
+        // Greater than any sum that an earlier agent of this boot can have used.
+        let generation_base = sys::monotonic_ns();
+        kernel.set_generation(generation_base)?;
+        Ok(Self {
+            kernel: Arc::new(kernel),
+            generation_base,
+            enrolled: Mutex::default(),
+        })
+    }
+
+    /// The kernel side, for counters.
+    #[must_use]
+    pub fn kernel(&self) -> &Arc<Kernel> {
+        &self.kernel
+    }
+
+    /// The verdict cache.
+    #[must_use]
+    pub fn verdicts(&self) -> Verdicts {
+        Verdicts::new(self.kernel.clone(), self.generation_base)
+    }
+
+    /// All enrolled workloads.
+    #[must_use]
+    pub fn enrolled(&self) -> Vec<Enrolled> {
+        let mut all: Vec<Enrolled> = self.lock().values().cloned().collect();
+        all.sort_by(|a, b| {
+            (&a.local.namespace, &a.local.name).cmp(&(&b.local.namespace, &b.local.name))
+        });
+        all
+    }
+
+    /// The workload of that name.
+    #[must_use]
+    pub fn find(&self, namespace: &str, name: &str) -> Option<Enrolled> {
+        self.lock()
+            .get(&(namespace.to_owned(), name.to_owned()))
+            .cloned()
+    }
+
+    /// Who owns a namespace.
+    #[must_use]
+    pub fn by_cookie(&self, cookie: NetnsCookie) -> Option<Enrolled> {
+        self.lock()
+            .values()
+            .find(|e| e.local.cookie() == cookie)
+            .cloned()
+    }
+
+    /// Captures a workload. `former` is its record of an earlier agent, if there is one. The steps are ordered so that
+    /// at no moment a connection is captured that nobody accepts: listeners, addresses, inbound, outbound.
+    ///
+    /// # Errors
+    /// Says what failed; everything done until then is undone.
+    pub async fn enrol(
+        &self,
+        enrolment: &Enrolment,
+        settings: CaptureSettings,
+        former: Option<&Record>,
+    ) -> Result<(Enrolled, Listeners), CaptureError> {
+        let path = PathBuf::from(&enrolment.netns);
+        let netns = Netns::open(&path).map_err(|source| CaptureError::Netns {
+            path: path.clone(),
+            source,
+        })?;
+        let addresses = self.check(enrolment, &netns)?;
+        let former = former.filter(|record| record.cookie == netns.cookie().0);
+        let listeners = dial::listen(&netns)?;
+        let sysctl = steering::install(&netns, &addresses).await;
+        let record = Record {
+            enrolment: enrolment.clone(),
+            cookie: netns.cookie().0,
+            addresses: addresses.clone(),
+            former_fwmark_accept: match (former, &sysctl) {
+                (Some(record), _) => record.former_fwmark_accept.clone(),
+                (None, Ok(value)) => value.clone(),
+                (None, Err(_)) => "0".to_owned(),
+            },
+        };
+        let local = Arc::new(LocalWorkload {
+            namespace: enrolment.namespace.as_str().into(),
+            name: enrolment.name.as_str().into(),
+            netns: Arc::new(netns),
+            addresses,
+            workload: arc_swap::ArcSwapOption::empty(),
+            connections: std::sync::atomic::AtomicU64::new(0),
+        });
+        let enrolled = Enrolled { local, record };
+        if let Err(error) = sysctl
+            .map(|_| ())
+            .and_then(|()| self.capture(&enrolled, &listeners, settings))
+        {
+            self.undo(&enrolled).await;
+            return Err(error);
+        }
+        self.lock().insert(
+            (enrolment.namespace.clone(), enrolment.name.clone()),
+            enrolled.clone(),
+        );
+        Ok((enrolled, listeners))
+    }
+
+    /// Stops capturing a workload: connections begun after this go their own way. Those that the agent carries still
+    /// need the rule and the routes, which [`Capture::clean`] removes once they have ended.
+    ///
+    /// # Errors
+    /// [`CaptureError::NotEnrolled`].
+    pub fn release(&self, namespace: &str, name: &str) -> Result<Enrolled, CaptureError> {
+        let enrolled = self
+            .lock()
+            .remove(&(namespace.to_owned(), name.to_owned()))
+            .ok_or_else(|| CaptureError::NotEnrolled(format!("workload {namespace}/{name}")))?;
+        self.kernel.forget(enrolled.local.cookie());
+        self.kernel.detach_workload(enrolled.local.cookie());
+        Ok(enrolled)
+    }
+
+    /// Removes what is left of a released workload in its namespace.
+    ///
+    /// # Errors
+    /// Says what stays behind. A namespace that is gone has nothing left.
+    pub async fn clean(&self, released: &Enrolled) -> Result<(), CaptureError> {
+        let Record {
+            addresses,
+            former_fwmark_accept,
+            ..
+        } = &released.record;
+        steering::remove(&released.local.netns, addresses, former_fwmark_accept).await
+    }
+
+    /// Follows changed settings of a workload.
+    ///
+    /// # Errors
+    /// When the kernel refuses the entry.
+    pub fn apply_settings(
+        &self,
+        enrolled: &Enrolled,
+        settings: CaptureSettings,
+    ) -> Result<(), CaptureError> {
+        let value = kernel_workload(enrolled, settings);
+        if self.kernel.workload(enrolled.local.cookie()) == Some(value) {
+            return Ok(());
+        }
+        self.kernel
+            .set_addresses(value, &enrolled.local.addresses)?;
+        self.kernel.set_workload(value)
+    }
+
+    /// Tells the kernel that the mesh changed: older verdicts are void, and these service addresses are dead.
+    ///
+    /// # Errors
+    /// When the kernel refuses the generation.
+    pub fn mesh_changed(&self, generation: u64, dead: &[SocketAddr]) -> Result<(), CaptureError> {
+        self.kernel
+            .set_generation(self.generation_base + generation)?;
+        self.kernel.set_dead(dead);
+        Ok(())
+    }
+
+    /// Whether the kernel programs know the workload.
+    #[must_use]
+    pub fn is_captured(&self, enrolled: &Enrolled) -> bool {
+        self.kernel.workload(enrolled.local.cookie()).is_some()
+    }
+
+    /// Forgets namespaces that an earlier agent captured and nobody enrols any more.
+    pub fn forget_strangers(&self) {
+        let enrolled: Vec<NetnsCookie> = self.lock().values().map(|e| e.local.cookie()).collect();
+        for cookie in self.kernel.known_workloads() {
+            if !enrolled.contains(&cookie) {
+                tracing::info!(
+                    cookie = cookie.0,
+                    "forgetting a namespace of an earlier agent"
+                );
+                self.kernel.detach_workload(cookie);
+                self.kernel.forget(cookie);
+            }
+        }
+    }
+
+    fn check(&self, enrolment: &Enrolment, netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {
+        let own =
+            Netns::open(Path::new("/proc/self/ns/net")).map_err(|source| CaptureError::Netns {
+                path: "/proc/self/ns/net".into(),
+                source,
+            })?;
+        if own.cookie() == netns.cookie() {
+            return Err(CaptureError::OwnNamespace(netns.path().to_owned()));
+        }
+        let addresses = steering::addresses(netns)?;
+        if addresses.is_empty() {
+            return Err(CaptureError::NoAddress(netns.path().to_owned()));
+        }
+        let all = self.lock();
+        if all.contains_key(&(enrolment.namespace.clone(), enrolment.name.clone())) {
+            return Err(CaptureError::AlreadyEnrolled(format!(
+                "workload {}/{}",
+                enrolment.namespace, enrolment.name
+            )));
+        }
+        for other in all.values() {
+            if other.local.cookie() == netns.cookie() {
+                let name = format!(
+                    "{} (as {}/{})",
+                    netns.path().display(),
+                    other.local.namespace,
+                    other.local.name
+                );
+                return Err(CaptureError::AlreadyEnrolled(name));
+            }
+            if let Some(address) = addresses.iter().find(|a| other.local.owns(**a)) {
+                return Err(CaptureError::AddressTaken {
+                    address: *address,
+                    path: netns.path().to_owned(),
+                });
+            }
+        }
+        if all.len() >= mesh_ebpf::WORKLOADS_MAX as usize {
+            return Err(CaptureError::Limit {
+                name: "workloads per node",
+                limit: mesh_ebpf::WORKLOADS_MAX,
+            });
+        }
+        Ok(addresses)
+    }
+
+    fn capture(
+        &self,
+        enrolled: &Enrolled,
+        listeners: &Listeners,
+        settings: CaptureSettings,
+    ) -> Result<(), CaptureError> {
+        let cookie = enrolled.local.cookie();
+        let value = kernel_workload(enrolled, settings);
+        self.kernel.set_listeners(cookie, listeners)?;
+        self.kernel
+            .set_addresses(value, &enrolled.local.addresses)?;
+        if let Some(cgroup) = &enrolled.record.enrolment.cgroup {
+            self.kernel.attach_flow(cookie, Path::new(cgroup))?;
+        }
+        self.kernel.attach_lookup(&enrolled.local.netns)?;
+        self.kernel.set_workload(value)
+    }
+
+    async fn undo(&self, enrolled: &Enrolled) {
+        self.kernel.forget(enrolled.local.cookie());
+        self.kernel.detach_workload(enrolled.local.cookie());
+        if let Err(error) = self.clean(enrolled).await {
+            let workload = &enrolled.record.enrolment.name;
+            tracing::warn!(%workload, %error, "something of the failed enrolment stays behind");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<(String, String), Enrolled>> {
+        self.enrolled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Undoes, without an agent, what a record tells of. The namespace may be gone or may be another one by now.
+///
+/// # Errors
+/// When the rule or the routes cannot be removed.
+pub async fn undo_record(record: &Record) -> Result<(), CaptureError> {
+    let Ok(netns) = Netns::open(Path::new(&record.enrolment.netns)) else {
+        return Ok(());
+    };
+    if netns.cookie().0 != record.cookie {
+        return Ok(());
+    }
+    steering::remove(&netns, &record.addresses, &record.former_fwmark_accept).await
+}
+
+fn kernel_workload(enrolled: &Enrolled, settings: CaptureSettings) -> mesh_ebpf::Workload {
+    let mut flags = 0;
+    if settings.failure_mode == FailureMode::Closed {
+        flags |= FLAG_FAIL_CLOSED;
+    }
+    if settings.same_node == SameNode::Kernel && enrolled.record.enrolment.cgroup.is_some() {
+        flags |= FLAG_SAME_NODE;
+    }
+    mesh_ebpf::Workload {
+        cookie: enrolled.local.cookie().0,
+        flags,
+        padding: 0,
+    }
+}

@@ -1,0 +1,196 @@
+//! Enrolling and un-enrolling on request, and taking over what an earlier agent had enrolled.
+
+use std::{collections::HashMap, sync::PoisonError, time::Duration};
+
+use mesh_api::local::Enrolment;
+
+use super::{AgentError, agent::Agent};
+use crate::{
+    capture::{CaptureError, Enrolled, Record},
+    config::validate_enrolment,
+    discovery::model::CaptureSettings,
+};
+
+/// Connections of an un-enrolled workload get this long to end by themselves: they depend on routes that go then.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Key of a workload: namespace and name.
+pub(super) type Key = (String, String);
+
+impl Agent {
+    /// Captures a workload from now on, and remembers it across restarts.
+    ///
+    /// # Errors
+    /// Says which field, step or limit; nothing is left behind then.
+    pub(super) async fn enrol(&self, enrolment: &Enrolment) -> Result<Enrolled, String> {
+        validate_enrolment(enrolment)?;
+        let _one_at_a_time = self.enrolling.lock().await;
+        let enrolled = self
+            .capture_and_serve(enrolment, None)
+            .await
+            .map_err(|error| error.to_string())?;
+        if let Err(error) = self.save_records() {
+            // Not remembered would mean: silently uncaptured after a restart. Then rather not enrolled.
+            self.release(&enrolment.namespace, &enrolment.name)
+                .await
+                .map_err(|error| error.to_string())?;
+            return Err(error.to_string());
+        }
+        self.mesh_changed();
+        Ok(enrolled)
+    }
+
+    /// Stops capturing a workload and removes every trace of it.
+    ///
+    /// # Errors
+    /// When it is not enrolled, or something cannot be removed.
+    pub(super) async fn unenrol(&self, namespace: &str, name: &str) -> Result<(), String> {
+        let _one_at_a_time = self.enrolling.lock().await;
+        if self
+            .take_missing(&(namespace.to_owned(), name.to_owned()))
+            .is_none()
+        {
+            self.release(namespace, name)
+                .await
+                .map_err(|error| error.to_string())?;
+        }
+        self.save_records().map_err(|error| error.to_string())?;
+        self.mesh_changed();
+        Ok(())
+    }
+
+    /// Takes over recorded and configured workloads. One that fails (its namespace is gone) is reported and does not
+    /// keep the others.
+    pub(super) async fn adopt(&self, records: Vec<Record>, configured: &[Enrolment]) {
+        let _one_at_a_time = self.enrolling.lock().await;
+        let mut wanted: Vec<(Enrolment, Option<Record>)> = records
+            .into_iter()
+            .map(|record| (record.enrolment.clone(), Some(record)))
+            .collect();
+        for enrolment in configured {
+            let known = wanted.iter().any(|(other, _)| {
+                (&other.namespace, &other.name) == (&enrolment.namespace, &enrolment.name)
+            });
+            if !known {
+                wanted.push((enrolment.clone(), None));
+            }
+        }
+        for (enrolment, record) in wanted {
+            match self.capture_and_serve(&enrolment, record.as_ref()).await {
+                Ok(_) => {}
+                Err(error) => self.report_missing(enrolment, record, &error),
+            }
+        }
+        self.capture.forget_strangers();
+        if let Err(error) = self.save_records() {
+            tracing::error!(%error, "enrolments are not recorded; a restarted agent will not know them");
+        }
+        self.mesh_changed();
+    }
+
+    async fn capture_and_serve(
+        &self,
+        enrolment: &Enrolment,
+        former: Option<&Record>,
+    ) -> Result<Enrolled, AgentError> {
+        let known = self.mesh.read().local_workload(
+            &self.config.node.name,
+            &enrolment.namespace,
+            &enrolment.name,
+        );
+        let settings = known
+            .as_ref()
+            .map_or_else(CaptureSettings::default, |workload| workload.capture);
+        let (enrolled, listeners) = self.capture.enrol(enrolment, settings, former).await?;
+        enrolled.local.workload.store(known);
+        let key = (enrolment.namespace.clone(), enrolment.name.clone());
+        match self.workers.serve(enrolled.local.clone(), listeners) {
+            Ok(handle) => {
+                self.serving().insert(key, handle);
+                tracing::info!(
+                    workload = %format_args!("{}/{}", enrolment.namespace, enrolment.name),
+                    netns = %enrolment.netns,
+                    addresses = ?enrolled.local.addresses,
+                    "enrolled"
+                );
+                Ok(enrolled)
+            }
+            Err(error) => {
+                let released = self
+                    .capture
+                    .release(&enrolment.namespace, &enrolment.name)?;
+                self.capture.clean(&released).await?;
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn release(&self, namespace: &str, name: &str) -> Result<(), CaptureError> {
+        let released = self.capture.release(namespace, name)?;
+        let key = (namespace.to_owned(), name.to_owned());
+        let handle = self.serving().remove(&key);
+        if let Some(handle) = handle {
+            let cut = handle.drain(RELEASE_DEADLINE).await;
+            tracing::info!(workload = %format_args!("{namespace}/{name}"), cut, "un-enrolled");
+        }
+        self.telemetry
+            .capture
+            .forget(&format!("{namespace}/{name}"));
+        self.capture.clean(&released).await
+    }
+
+    /// A recorded workload that cannot be captured stays on record and in the status, until it is un-enrolled.
+    fn report_missing(&self, enrolment: Enrolment, record: Option<Record>, error: &AgentError) {
+        let workload = format!("{}/{}", enrolment.namespace, enrolment.name);
+        tracing::error!(%workload, %error, "cannot capture; its connections are refused or pass by, as its kernel entries say");
+        self.telemetry.capture.set_state(&workload, false);
+        let key = (enrolment.namespace.clone(), enrolment.name.clone());
+        self.missing().insert(
+            key,
+            Missing {
+                enrolment,
+                record,
+                reason: error.to_string(),
+            },
+        );
+    }
+
+    fn take_missing(&self, key: &Key) -> Option<Missing> {
+        let missing = self.missing().remove(key)?;
+        self.telemetry
+            .capture
+            .forget(&format!("{}/{}", key.0, key.1));
+        Some(missing)
+    }
+
+    /// Workloads that should be captured and are not.
+    pub(super) fn missing(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Missing>> {
+        self.missing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn save_records(&self) -> Result<(), AgentError> {
+        let mut records: Vec<Record> = self
+            .capture
+            .enrolled()
+            .into_iter()
+            .map(|enrolled| enrolled.record)
+            .collect();
+        records.extend(
+            self.missing()
+                .values()
+                .filter_map(|missing| missing.record.clone()),
+        );
+        Ok(self.records.save(records)?)
+    }
+}
+
+/// A workload that should be captured and is not.
+#[derive(Debug, Clone)]
+pub(super) struct Missing {
+    /// What was asked for.
+    pub enrolment: Enrolment,
+    /// What an earlier agent recorded.
+    pub record: Option<Record>,
+    /// Why it is not captured.
+    pub reason: String,
+}

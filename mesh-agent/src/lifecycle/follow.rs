@@ -1,0 +1,75 @@
+//! Following the mesh: every change reaches the kernel, the local workloads and the certificates.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use mesh_api::identity::Identity;
+
+use super::agent::Agent;
+use crate::discovery::model::CaptureSettings;
+
+impl Agent {
+    /// Applies the mesh as it is, then every change, until the mesh ends.
+    pub(super) async fn follow_mesh(self: Arc<Self>) {
+        let mut generations = self.mesh.generation();
+        loop {
+            generations.borrow_and_update();
+            self.mesh_changed();
+            if generations.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Brings everything in line with the mesh. The kernel's verdicts of older generations are void from here on.
+    pub(super) fn mesh_changed(&self) {
+        let generation = *self.mesh.generation().borrow();
+        let enrolled = self.capture.enrolled();
+        let mut identities = BTreeSet::new();
+        let dead = {
+            let state = self.mesh.read();
+            for one in &enrolled {
+                let local = &one.local;
+                let known =
+                    state.local_workload(&self.config.node.name, &local.namespace, &local.name);
+                identities.extend(known.as_ref().map(|workload| workload.identity.clone()));
+                local.workload.store(known);
+            }
+            state.dead_destinations()
+        };
+        for one in &enrolled {
+            let settings = one
+                .local
+                .workload
+                .load()
+                .as_ref()
+                .map(|workload| workload.capture);
+            // A workload that discovery forgot keeps the settings it had: forgetting must not open anything.
+            let Some(settings) = settings else { continue };
+            let workload = format!("{}/{}", one.local.namespace, one.local.name);
+            let applied = self.capture.apply_settings(one, settings);
+            self.telemetry.capture.set_state(&workload, applied.is_ok());
+            if let Err(error) = applied {
+                tracing::error!(%workload, %error, "cannot apply capture settings");
+            }
+        }
+        if let Err(error) = self.capture.mesh_changed(generation, &dead) {
+            tracing::error!(%error, "cannot void the kernel's verdicts; they end by their time");
+        }
+        self.telemetry
+            .agent
+            .workloads
+            .set(i64::try_from(enrolled.len()).unwrap_or(i64::MAX));
+        let identities: Vec<Identity> = identities.into_iter().collect();
+        self.certificates.retain(&identities);
+        self.end_forbidden_flows();
+    }
+
+    /// Settings of a local workload as discovery has them, or the defaults (fail closed).
+    pub(super) fn settings(&self, namespace: &str, name: &str) -> CaptureSettings {
+        let known = self
+            .mesh
+            .read()
+            .local_workload(&self.config.node.name, namespace, name);
+        known.map_or_else(CaptureSettings::default, |workload| workload.capture)
+    }
+}

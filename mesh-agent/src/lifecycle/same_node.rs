@@ -1,0 +1,117 @@
+//! Flows that the kernel carries by itself: reported to telemetry, and ended when policy forbids them.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use mesh_ebpf::{EdgeCounters, EdgeKey};
+
+use super::agent::Agent;
+use crate::{
+    capture::flows::{SameNodeEdge, SameNodeFlow},
+    discovery::model::SameNode,
+    policy::{self, Connection},
+    telemetry::{CloseReason, ConnectionInfo, Direction, KernelFlow, Party, Security},
+};
+
+/// How often same-node counters are read: well below the usual scrape interval of 15 s and more.
+const REPORT_INTERVAL: Duration = Duration::from_secs(2);
+
+impl Agent {
+    /// Reports what same-node edges did, for ever.
+    pub(super) async fn report_same_node(self: Arc<Self>) {
+        let mut before: HashMap<EdgeKey, EdgeCounters> = HashMap::new();
+        let mut ticks = tokio::time::interval(REPORT_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let mut now = HashMap::new();
+            for edge in self.capture.same_node_edges() {
+                let earlier = before.get(&edge.key).copied().unwrap_or_default();
+                if earlier != edge.counters {
+                    self.report_edge(&edge, &earlier);
+                }
+                now.insert(edge.key, edge.counters);
+            }
+            before = now;
+        }
+    }
+
+    fn report_edge(&self, edge: &SameNodeEdge, earlier: &EdgeCounters) {
+        let counters = &edge.counters;
+        let since = |now: u64, before: u64| now.saturating_sub(before);
+        let info = self.same_node_info(edge);
+        let flow = KernelFlow {
+            opened: since(counters.opened, earlier.opened),
+            closed: since(counters.closed, earlier.closed),
+            bytes_sent: since(counters.sent_bytes, earlier.sent_bytes),
+            bytes_received: since(counters.received_bytes, earlier.received_bytes),
+            rtt_us: u32::try_from(counters.rtt_us).ok().filter(|rtt| *rtt > 0),
+            retransmits: since(counters.retransmits, earlier.retransmits),
+        };
+        self.telemetry.kernel_flow(&info, flow);
+        for _ in 0..since(counters.failed, earlier.failed) {
+            self.telemetry.failed(
+                &info,
+                CloseReason::ConnectFailed,
+                &"the application did not accept",
+            );
+        }
+    }
+
+    fn same_node_info(&self, edge: &SameNodeEdge) -> ConnectionInfo {
+        let source = edge.source.local.workload.load_full();
+        let destination = self.mesh.read().workload_by_address(edge.destination.ip());
+        ConnectionInfo {
+            direction: Direction::Outbound,
+            source: Party {
+                identity: source.as_ref().map(|workload| workload.identity.clone()),
+                workload: source,
+                address: None,
+            },
+            destination: Party {
+                identity: destination
+                    .as_ref()
+                    .map(|workload| workload.identity.clone()),
+                workload: destination,
+                address: Some(edge.destination),
+            },
+            service: None,
+            security: Security::Kernel,
+        }
+    }
+
+    /// Ends same-node flows that the mesh, as it is now, would not allow.
+    pub(super) fn end_forbidden_flows(&self) {
+        for flow in self.capture.same_node_flows() {
+            if self.may_go_on(&flow) {
+                continue;
+            }
+            let (from, to) = (flow.source_address, flow.destination_address);
+            match self.capture.end_flow(&flow) {
+                Ok(()) => tracing::info!(%from, %to, "same-node flow ended: policy forbids it now"),
+                Err(error) => {
+                    tracing::error!(%from, %to, %error, "cannot end a same-node flow that policy forbids")
+                }
+            }
+        }
+    }
+
+    /// An end that discovery does not know (any more) is unknown, and unknown means deny.
+    fn may_go_on(&self, flow: &SameNodeFlow) -> bool {
+        let (Some(source), Some(destination)) = (
+            flow.source.local.workload.load_full(),
+            flow.destination.local.workload.load_full(),
+        ) else {
+            return false;
+        };
+        let connection = Connection {
+            peer: Some(source.identity.clone()),
+            source: flow.source_address.ip(),
+            destination: flow.destination_address,
+        };
+        let kernel_allowed = [&source, &destination]
+            .iter()
+            .all(|w| w.capture.same_node == SameNode::Kernel);
+        kernel_allowed
+            && policy::authorize(&self.mesh.read(), &destination, &connection).is_allowed()
+    }
+}

@@ -1,0 +1,71 @@
+//! Removing what an agent left, without an agent.
+
+use std::fs;
+
+use super::{AgentError, agent::RunDir, records::Records};
+use crate::{
+    capture::{
+        kernel::{KernelConfig, remove_agent_cgroup, remove_node_pins},
+        undo_record,
+    },
+    config::AgentConfig,
+};
+
+/// Removes programs, maps, links, rules, routes, sysctls, the agent's cgroup and the files in the run directory.
+///
+/// # Errors
+/// When an agent is running, or the records cannot be read. What cannot be removed in a namespace is logged, and the
+/// rest goes on.
+pub fn uninstall(config: &AgentConfig) -> Result<(), AgentError> {
+    let run_dir = RunDir::open(&config.node.run_dir)?;
+    let records = Records::new(&config.node.run_dir);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| AgentError::System {
+            what: "a runtime",
+            source,
+        })?;
+    // Programs first: while they are there, a namespace without its routes would refuse everything.
+    remove_kernel_side(config);
+    for record in records.load()? {
+        let workload = format!("{}/{}", record.enrolment.namespace, record.enrolment.name);
+        match runtime.block_on(undo_record(&record)) {
+            Ok(()) => tracing::info!(%workload, "un-enrolled"),
+            Err(error) => tracing::error!(%workload, %error, "something stays behind"),
+        }
+    }
+    records.remove()?;
+    run_dir.remove_files();
+    tracing::info!(node = %config.node.name, "uninstalled");
+    Ok(())
+}
+
+/// Removes pins and the agent's cgroup.
+pub(super) fn remove_kernel_side(config: &AgentConfig) {
+    let kernel = kernel_config(config);
+    remove_node_pins(&kernel);
+    remove_agent_cgroup(&kernel);
+}
+
+/// Where the kernel objects of this agent live.
+pub(super) fn kernel_config(config: &AgentConfig) -> KernelConfig {
+    KernelConfig {
+        cgroup_root: config.kernel.cgroup_root.clone(),
+        bpffs_root: config.kernel.bpffs_root.clone(),
+        node: config.node.name.clone(),
+    }
+}
+
+impl RunDir {
+    /// Removes the files that agents make, and the folder if nothing else is in it.
+    fn remove_files(self) {
+        for name in Self::FILES {
+            // A file that is not there is what we want.
+            let _ = fs::remove_file(self.path().join(name));
+        }
+        let path = self.path().to_owned();
+        drop(self);
+        let _ = fs::remove_dir(path);
+    }
+}

@@ -1,0 +1,442 @@
+//! The metrics that are not per edge, in sections by who counts them. All handles are cheap atomics.
+
+use std::{
+    collections::HashSet,
+    sync::{Mutex, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use mesh_api::identity::Identity;
+use prometheus::{
+    HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    core::Collector,
+};
+
+use super::Direction;
+
+/// Different values that a label filled from configuration may take, before further ones count as `overflow`.
+pub const LABEL_VALUES_MAX: usize = 256;
+
+/// Buckets of latencies, seconds: 50 µs (a connect on one node) to 10 s (every limit of ours is below).
+const LATENCY_BUCKETS: [f64; 17] = [
+    0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.5, 5.0, 10.0,
+];
+
+const CONSTANT: &str = "names, labels and buckets are constants that the tests exercise";
+
+pub(super) fn register(registry: &Registry, metric: impl Collector + 'static) {
+    registry.register(Box::new(metric)).expect(CONSTANT);
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    let metric = IntCounter::new(name, help).expect(CONSTANT);
+    register(registry, metric.clone());
+    metric
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    let metric = IntCounterVec::new(Opts::new(name, help), labels).expect(CONSTANT);
+    register(registry, metric.clone());
+    metric
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    let metric = IntGauge::new(name, help).expect(CONSTANT);
+    register(registry, metric.clone());
+    metric
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    let metric = IntGaugeVec::new(Opts::new(name, help), labels).expect(CONSTANT);
+    register(registry, metric.clone());
+    metric
+}
+
+pub(super) fn latency(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> HistogramVec {
+    let options = HistogramOpts::new(name, help).buckets(LATENCY_BUCKETS.to_vec());
+    let metric = HistogramVec::new(options, labels).expect(CONSTANT);
+    register(registry, metric.clone());
+    metric
+}
+
+pub(super) fn build_info(registry: &Registry, version: &str) {
+    gauges(
+        registry,
+        "weft_build_info",
+        "Version of the agent",
+        &["version"],
+    )
+    .with_label_values(&[version])
+    .set(1);
+}
+
+/// Counters with one label whose values come from configuration, at most [`LABEL_VALUES_MAX`] of them.
+#[derive(Debug)]
+pub struct BoundedCounters {
+    counters: IntCounterVec,
+    seen: Mutex<HashSet<String>>,
+}
+
+impl BoundedCounters {
+    fn new(registry: &Registry, name: &str, help: &str, label: &str) -> Self {
+        Self {
+            counters: counters(registry, name, help, &[label]),
+            seen: Mutex::default(),
+        }
+    }
+
+    /// Adds one for `value`.
+    pub fn inc(&self, value: &str) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = seen.contains(value)
+            || (seen.len() < LABEL_VALUES_MAX && seen.insert(value.to_owned()));
+        drop(seen);
+        self.counters
+            .with_label_values(&[if known { value } else { "overflow" }])
+            .inc();
+    }
+}
+
+/// The agent's own life.
+#[derive(Debug)]
+pub struct AgentMetrics {
+    /// 1 when ready.
+    pub ready: IntGauge,
+    /// Enrolled workloads.
+    pub workloads: IntGauge,
+    /// When the kernel was last told that the agent is alive, seconds since 1970.
+    pub heartbeat: IntGauge,
+    /// Panics that ended one connection or one task.
+    pub panics: IntCounter,
+}
+
+impl AgentMetrics {
+    pub(super) fn new(registry: &Registry) -> Self {
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs();
+        gauge(
+            registry,
+            "weft_agent_start_time_seconds",
+            "When the agent started, seconds since 1970",
+        )
+        .set(i64::try_from(since).unwrap_or(i64::MAX));
+        Self {
+            ready: gauge(registry, "weft_agent_ready", "1 when the agent is ready"),
+            workloads: gauge(registry, "weft_agent_workloads", "Enrolled workloads"),
+            heartbeat: gauge(
+                registry,
+                "weft_agent_heartbeat_timestamp_seconds",
+                "When the kernel was last told that the agent is alive",
+            ),
+            panics: counter(
+                registry,
+                "weft_agent_panics_total",
+                "Panics contained to one connection or task",
+            ),
+        }
+    }
+}
+
+/// Capture per workload, and verdicts.
+#[derive(Debug)]
+pub struct CaptureMetrics {
+    state: IntGaugeVec,
+    verdicts: IntCounterVec,
+    /// Times that kernel state was found missing and put back.
+    pub repairs: IntCounter,
+}
+
+impl CaptureMetrics {
+    pub(super) fn new(registry: &Registry) -> Self {
+        Self {
+            state: gauges(
+                registry,
+                "weft_capture_state",
+                "1 while a workload's capture is whole",
+                &["workload"],
+            ),
+            verdicts: counters(
+                registry,
+                "weft_capture_verdicts_total",
+                "Verdicts given to the kernel, by kind",
+                &["verdict"],
+            ),
+            repairs: counter(
+                registry,
+                "weft_capture_repairs_total",
+                "Kernel state found missing and put back",
+            ),
+        }
+    }
+
+    /// Says whether the capture of `workload` (`<namespace>/<name>`) is whole.
+    pub fn set_state(&self, workload: &str, whole: bool) {
+        self.state
+            .with_label_values(&[workload])
+            .set(i64::from(whole));
+    }
+
+    /// Forgets a workload that was un-enrolled.
+    pub fn forget(&self, workload: &str) {
+        // Only fails when there was no such series.
+        let _ = self.state.remove_label_values(&[workload]);
+    }
+
+    /// Counts a verdict: `pass`, `same_node` or `denied`.
+    pub fn verdict(&self, kind: &'static str) {
+        self.verdicts.with_label_values(&[kind]).inc();
+    }
+}
+
+/// Certificates and requests for them.
+#[derive(Debug)]
+pub struct CertificateMetrics {
+    expiry: IntGaugeVec,
+    /// Requests to the control plane.
+    pub requests: IntCounter,
+    /// Requests without a usable answer.
+    pub failures: IntCounter,
+}
+
+impl CertificateMetrics {
+    pub(super) fn new(registry: &Registry) -> Self {
+        Self {
+            expiry: gauges(
+                registry,
+                "weft_certificate_expiry_seconds",
+                "End of a certificate, seconds since 1970",
+                &["identity"],
+            ),
+            requests: counter(
+                registry,
+                "weft_certificate_requests_total",
+                "Certificates asked for",
+            ),
+            failures: counter(
+                registry,
+                "weft_certificate_failures_total",
+                "Certificates asked for in vain",
+            ),
+        }
+    }
+
+    /// Notes the end of a new certificate, seconds since 1970.
+    pub fn renewed(&self, identity: &Identity, not_after: i64) {
+        self.expiry
+            .with_label_values(&[&identity.to_string()])
+            .set(not_after);
+    }
+
+    /// Forgets an identity that left the node.
+    pub fn forget(&self, identity: &Identity) {
+        // Only fails when there was no certificate.
+        let _ = self.expiry.remove_label_values(&[&identity.to_string()]);
+    }
+}
+
+/// Limits that were reached.
+#[derive(Debug)]
+pub struct LimitMetrics(IntCounterVec);
+
+impl LimitMetrics {
+    pub(super) fn new(registry: &Registry) -> Self {
+        Self(counters(
+            registry,
+            "weft_limit_reached_total",
+            "A limit of the agent was reached",
+            &["limit"],
+        ))
+    }
+
+    /// Counts that `limit` was reached; the name is a constant of the code.
+    pub fn reached(&self, limit: &'static str) {
+        self.0.with_label_values(&[limit]).inc();
+    }
+}
+
+/// Denials and audits.
+#[derive(Debug)]
+pub struct PolicyMetrics {
+    denied: IntCounterVec,
+    /// Connections that an audit policy would have denied, by policy (`<namespace>/<name>`).
+    pub audit: BoundedCounters,
+    /// Connections closed because a policy changed. Ending one with the reason `Revoked` counts it.
+    pub revoked: IntCounter,
+}
+
+impl PolicyMetrics {
+    pub(super) fn new(registry: &Registry) -> Self {
+        Self {
+            denied: counters(
+                registry,
+                "weft_policy_denied_total",
+                "Connections refused by policy",
+                &["direction"],
+            ),
+            audit: BoundedCounters::new(
+                registry,
+                "weft_policy_audit_total",
+                "Connections that an audit policy would have refused",
+                "policy",
+            ),
+            revoked: counter(
+                registry,
+                "weft_policy_revoked_total",
+                "Connections closed by a policy change",
+            ),
+        }
+    }
+
+    /// Counts a refused connection. [`super::Telemetry::failed`] does it for the reason `Denied`.
+    pub fn denied(&self, direction: Direction) {
+        self.denied.with_label_values(&[direction.name()]).inc();
+    }
+}
+
+/// Tunnel reuse.
+#[derive(Debug)]
+pub struct PoolMetrics {
+    /// Connections that found a tunnel.
+    pub hits: IntCounter,
+    /// Connections that needed a new tunnel.
+    pub misses: IntCounter,
+    /// Connections that wait for a tunnel now.
+    pub waiting: IntGauge,
+    /// Tunnels thrown out of the pool.
+    pub evicted: IntCounter,
+}
+
+impl PoolMetrics {
+    pub(super) fn new(registry: &Registry) -> Self {
+        Self {
+            hits: counter(
+                registry,
+                "weft_pool_hits_total",
+                "Connections that found a tunnel",
+            ),
+            misses: counter(
+                registry,
+                "weft_pool_misses_total",
+                "Connections that needed a new tunnel",
+            ),
+            waiting: gauge(
+                registry,
+                "weft_pool_waiting",
+                "Connections that wait for a tunnel",
+            ),
+            evicted: counter(
+                registry,
+                "weft_pool_evicted_total",
+                "Tunnels thrown out of the pool",
+            ),
+        }
+    }
+}
+
+/// Tunnels.
+#[derive(Debug)]
+pub struct TunnelMetrics {
+    open: IntGaugeVec,
+    opened: IntCounterVec,
+    failed: IntCounterVec,
+}
+
+impl TunnelMetrics {
+    pub(super) fn new(registry: &Registry) -> Self {
+        let labels = &["direction"];
+        Self {
+            open: gauges(registry, "weft_tunnels_open", "Tunnels open now", labels),
+            opened: counters(
+                registry,
+                "weft_tunnel_opened_total",
+                "Tunnels opened",
+                labels,
+            ),
+            failed: counters(
+                registry,
+                "weft_tunnel_failed_total",
+                "Tunnels that could not be opened",
+                labels,
+            ),
+        }
+    }
+
+    /// Counts a tunnel as opened and open, until the guard is dropped.
+    #[must_use]
+    pub fn open(&self, direction: Direction) -> TunnelGuard {
+        self.opened.with_label_values(&[direction.name()]).inc();
+        let open = self.open.with_label_values(&[direction.name()]);
+        open.inc();
+        TunnelGuard(open)
+    }
+
+    /// Counts a tunnel that could not be opened.
+    pub fn failed(&self, direction: Direction) {
+        self.failed.with_label_values(&[direction.name()]).inc();
+    }
+}
+
+/// Counts one open tunnel.
+#[derive(Debug)]
+pub struct TunnelGuard(IntGauge);
+
+impl Drop for TunnelGuard {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// The discovery stream.
+#[derive(Debug)]
+pub struct XdsMetrics {
+    /// 1 while the stream is up.
+    pub connected: IntGauge,
+    /// Responses received.
+    pub messages: IntCounter,
+    /// Responses rejected in part.
+    pub nacks: IntCounter,
+    resources: IntGaugeVec,
+}
+
+impl XdsMetrics {
+    pub(super) fn new(registry: &Registry) -> Self {
+        Self {
+            connected: gauge(
+                registry,
+                "weft_xds_connected",
+                "1 while the discovery stream is up",
+            ),
+            messages: counter(
+                registry,
+                "weft_xds_messages_total",
+                "Discovery responses received",
+            ),
+            nacks: counter(
+                registry,
+                "weft_xds_nacks_total",
+                "Discovery responses rejected in part",
+            ),
+            resources: gauges(
+                registry,
+                "weft_xds_resources",
+                "Resources held, by type",
+                &["type"],
+            ),
+        }
+    }
+
+    /// Notes how many resources of a type (`workload`, `service`, `policy`) are held.
+    pub fn set_resources(&self, kind: &'static str, held: usize) {
+        self.resources
+            .with_label_values(&[kind])
+            .set(i64::try_from(held).unwrap_or(i64::MAX));
+    }
+}

@@ -1,0 +1,162 @@
+//! The bench's load generator: every server and client of `cargo xtask bench`, one process each, so that its
+//! processor time can be told apart. Clients print one JSON object.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+use mesh_tests::load::{
+    bulk, connect,
+    echo::{self, Echo},
+    http,
+};
+use nix::sys::socket::Backlog;
+use serde::Serialize;
+
+/// Connections that may wait to be accepted: what the kernel allows by default (`net.core.somaxconn`).
+const QUEUE_MAX: i32 = 4096;
+
+/// Servers and clients of the bench.
+#[derive(Debug, Parser)]
+#[command(name = "benchtool")]
+struct Cli {
+    #[command(subcommand)]
+    mode: Mode,
+}
+
+#[derive(Debug, Subcommand)]
+enum Mode {
+    /// Answers every HTTP/1.1 request with the same 64 bytes.
+    HttpServer { listen: SocketAddr },
+    /// Sends HTTP/1.1 requests on kept connections.
+    HttpLoad {
+        address: SocketAddr,
+        #[arg(long, default_value_t = 1)]
+        connections: usize,
+        #[arg(long, value_parser = seconds, default_value = "3")]
+        seconds: Duration,
+        #[arg(long, value_parser = seconds, default_value = "0.5")]
+        warm_up: Duration,
+        /// Requests per second; as many as go when absent.
+        #[arg(long)]
+        rate: Option<u32>,
+    },
+    /// Reads and counts.
+    BulkServer { listen: SocketAddr },
+    /// Writes as much as goes.
+    BulkClient {
+        address: SocketAddr,
+        #[arg(long, default_value_t = 1)]
+        streams: usize,
+        #[arg(long, value_parser = seconds, default_value = "3")]
+        seconds: Duration,
+    },
+    /// Sends back what it gets.
+    EchoServer { listen: SocketAddr },
+    /// Connects, plays one ping-pong, closes, and again.
+    ConnectLoad {
+        address: SocketAddr,
+        #[arg(long, default_value_t = 16)]
+        concurrency: usize,
+        #[arg(long, value_parser = seconds, default_value = "3")]
+        seconds: Duration,
+    },
+    /// Opens connections, plays one ping-pong on each, and holds them until killed.
+    IdleHold {
+        address: SocketAddr,
+        #[arg(long, default_value_t = 1000)]
+        connections: usize,
+    },
+    /// Times socket, connect and close; alternates between cgroups when some are given.
+    ConnectUs {
+        address: SocketAddr,
+        #[arg(long, value_parser = seconds, default_value = "3")]
+        seconds: Duration,
+        #[arg(long)]
+        cgroup: Vec<PathBuf>,
+    },
+    /// Tries until a ping is answered and prints when that was.
+    FirstAnswer {
+        address: SocketAddr,
+        #[arg(long, value_parser = seconds, default_value = "30")]
+        limit: Duration,
+    },
+}
+
+#[derive(Serialize)]
+struct Held {
+    held: usize,
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().mode {
+        Mode::HttpServer { listen } => echo::serve::<http::FixedResponse>(&bind(listen)?),
+        Mode::HttpLoad {
+            address,
+            connections,
+            seconds,
+            warm_up,
+            rate,
+        } => print(&http::run(&http::Plan {
+            address,
+            connections,
+            duration: seconds,
+            warm_up,
+            rate,
+        })?),
+        Mode::BulkServer { listen } => bulk::serve(&bind(listen)?),
+        Mode::BulkClient {
+            address,
+            streams,
+            seconds,
+        } => print(&bulk::run(address, streams, seconds)?),
+        Mode::EchoServer { listen } => echo::serve::<Echo>(&bind(listen)?),
+        Mode::ConnectLoad {
+            address,
+            concurrency,
+            seconds,
+        } => print(&connect::rate(address, concurrency, seconds)?),
+        Mode::IdleHold {
+            address,
+            connections,
+        } => {
+            let held = connect::hold(address, connections)?;
+            print(&Held { held: held.len() })?;
+            loop {
+                nix::unistd::pause();
+            }
+        }
+        Mode::ConnectUs {
+            address,
+            seconds,
+            cgroup,
+        } => print(&connect::cost(address, &cgroup, seconds)?),
+        Mode::FirstAnswer { address, limit } => print(&connect::first_answer(address, limit)?),
+    }
+}
+
+/// The standard library's queue of 128 overflows when a client is faster than the server for a moment, and a lost SYN
+/// then costs a second.
+fn bind(listen: SocketAddr) -> Result<TcpListener> {
+    let listener =
+        TcpListener::bind(listen).with_context(|| format!("cannot listen on {listen}"))?;
+    nix::sys::socket::listen(&listener, Backlog::new(QUEUE_MAX)?)
+        .context("cannot lengthen the queue")?;
+    Ok(listener)
+}
+
+fn print(report: &impl Serialize) -> Result<()> {
+    println!("{}", serde_json::to_string(report)?);
+    Ok(())
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let value: f64 = text
+        .parse()
+        .map_err(|_| "not a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(value).map_err(|error| error.to_string())
+}

@@ -1,0 +1,49 @@
+//! Where the programs are: Weft's own, built by cargo, and those of the distribution.
+
+use std::{env, path::PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+
+/// Names the folder with Weft's programs when it is not the one of the running executable.
+pub const DIRECTORY_VARIABLE: &str = "WEFT_BIN_DIR";
+
+/// Path of one of Weft's own programs: in `$WEFT_BIN_DIR` if set, else near the running executable (a test lives in
+/// `target/PROFILE/deps`, the programs in `target/PROFILE`).
+///
+/// # Errors
+/// It has not been built.
+pub fn own(name: &str) -> Result<PathBuf> {
+    if let Some(directory) = env::var_os(DIRECTORY_VARIABLE) {
+        let path = PathBuf::from(directory).join(name);
+        if path.is_file() {
+            return Ok(path);
+        }
+        bail!(
+            "{} does not exist; {DIRECTORY_VARIABLE} names its folder",
+            path.display()
+        );
+    }
+    let executable = env::current_exe().context("cannot find the running executable")?;
+    executable
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|directory| directory.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| {
+            format!(
+                "{name} is not built (cargo xtask build), looked near {}",
+                executable.display()
+            )
+        })
+}
+
+/// Path of a program of the distribution, looked for on `PATH` and in the folders for administrators.
+#[must_use]
+pub fn installed(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into(), "/usr/local/sbin".into()])
+        .map(|directory| directory.join(name))
+        .find(|candidate| candidate.is_file())
+}

@@ -4,6 +4,7 @@
 
 mod build;
 mod check;
+mod demo;
 mod setup;
 mod shell;
 mod test;
@@ -28,6 +29,7 @@ enum Command {
     Setup(setup::Options),
     Build(build::Options),
     Check(check::Options),
+    Demo(demo::Options),
     Test(test::Options),
 }
 
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         Command::Setup(options) => setup::run(&options),
         Command::Build(options) => build::run(&options),
         Command::Check(options) => check::run(&options),
+        Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
     };
     match outcome {

@@ -272,7 +272,13 @@ fn refused_is_quick_and_never_clean(world: &World) -> Result<()> {
             let began = Instant::now();
             let fate = world.fate(from, to)?;
             assert_eq!(fate, Seen::Rst, "{from} to {to}, dial {dial}");
-            assert!(began.elapsed() < QUICK, "{from} to {to}: a timeout?");
+            assert!(
+                began.elapsed() < QUICK,
+                "{from} to {to}, dial {dial}: {:?}, a timeout?\n{}\n{}",
+                began.elapsed(),
+                world.mesh.log_of(&world.lab.nodes()[0]),
+                world.mesh.log_of(&world.lab.nodes()[1])
+            );
         }
     }
     // The eye is not blind: a server that accepts and closes is a clean end.

@@ -1,6 +1,7 @@
 use super::*;
 
-const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: web, namespace: shop}\nspec: {nodeName: a}\n";
+const POD: &str =
+    "apiVersion: v1\nkind: Pod\nmetadata: {name: web, namespace: shop}\nspec: {nodeName: a}\n";
 
 fn weft(kind: &str, spec: &str) -> String {
     format!(
@@ -33,14 +34,24 @@ fn reads_every_kind_and_json() {
     .join("\n---\n");
     let parsed = parse(&text);
     assert_eq!(parsed.problems, []);
-    let kinds: Vec<_> = parsed.objects.iter().map(|located| located.object.kind()).collect();
+    let kinds: Vec<_> = parsed
+        .objects
+        .iter()
+        .map(|located| located.object.kind())
+        .collect();
     assert_eq!(kinds, Kind::ALL.to_vec().into_iter().collect::<Vec<_>>());
-    assert_eq!(parsed.objects[2].object.key().to_string(), "ServiceAccount default/web");
+    assert_eq!(
+        parsed.objects[2].object.key().to_string(),
+        "ServiceAccount default/web"
+    );
 }
 
 #[test]
 fn a_bad_document_does_not_disturb_its_neighbours() {
-    let text = format!("# shop\n{POD}---\nkind: [\n---\n\n---\n{}", POD.replace("web", "cart"));
+    let text = format!(
+        "# shop\n{POD}---\nkind: [\n---\n\n---\n{}",
+        POD.replace("web", "cart")
+    );
     let parsed = parse(&text);
     assert_eq!(parsed.objects.len(), 2);
     let problem = &parsed.problems[0];
@@ -50,34 +61,67 @@ fn a_bad_document_does_not_disturb_its_neighbours() {
 
 #[test]
 fn problems_name_document_line_object_and_field() {
-    let text = format!("{POD}---\n{}", POD.replace("web", "cart").replace("spec: {", "spec: {nodNam: b, "));
+    let text = format!(
+        "{POD}---\n{}",
+        POD.replace("web", "cart")
+            .replace("spec: {", "spec: {nodNam: b, ")
+    );
     let parsed = parse(&text);
     assert_eq!(
         parsed.problems[0].to_string(),
         "document 2 (line 6), Pod shop/cart, field spec.nodNam: unknown field"
     );
-    let wrong_type = weft("ExternalWorkload", "\n  addresses: [10.0.0.1]\n  ports: {db: many}");
+    let wrong_type = weft(
+        "ExternalWorkload",
+        "\n  addresses: [10.0.0.1]\n  ports: {db: many}",
+    );
     let parsed = parse(&wrong_type);
     let problem = &parsed.problems[0];
-    assert_eq!((problem.line, problem.field.as_str()), (6, "spec.ports.db"), "{problem}");
+    assert_eq!(
+        (problem.line, problem.field.as_str()),
+        (6, "spec.ports.db"),
+        "{problem}"
+    );
     assert!(problem.message.contains("expected u16"), "{problem}");
 }
 
 #[test]
 fn every_unknown_field_is_named() {
-    let text = weft("AuthorizationPolicy", "{rulez: [], rules: [{from: [{principal: [a], namespaces: [b]}]}]}");
-    let fields: Vec<_> = parse(&text).problems.into_iter().map(|problem| problem.field).collect();
+    let text = weft(
+        "AuthorizationPolicy",
+        "{rulez: [], rules: [{from: [{principal: [a], namespaces: [b]}]}]}",
+    );
+    let fields: Vec<_> = parse(&text)
+        .problems
+        .into_iter()
+        .map(|problem| problem.field)
+        .collect();
     assert_eq!(fields, ["spec.rulez", "spec.rules[0].from[0].principal"]);
 }
 
 #[test]
 fn refuses_what_is_no_object() {
     for (text, expected) in [
-        ("just a text", ": invalid type: string \"just a text\", expected struct Header"),
-        ("kind: Pod\nkind: Pod", ": duplicate entry with key \"kind\""),
-        ("apiVersion: v1\nkind: Secret\nmetadata: {name: x}", "kind: \"Secret\" is not a known kind"),
-        ("apiVersion: v2\nkind: Pod\nmetadata: {name: x}", "apiVersion: \"v2\" must be \"v1\""),
-        ("apiVersion: v1\nkind: Pod\nspec: {}", "metadata.name: is required"),
+        (
+            "just a text",
+            ": invalid type: string \"just a text\", expected struct Header",
+        ),
+        (
+            "kind: Pod\nkind: Pod",
+            ": duplicate entry with key \"kind\"",
+        ),
+        (
+            "apiVersion: v1\nkind: Secret\nmetadata: {name: x}",
+            "kind: \"Secret\" is not a known kind",
+        ),
+        (
+            "apiVersion: v2\nkind: Pod\nmetadata: {name: x}",
+            "apiVersion: \"v2\" must be \"v1\"",
+        ),
+        (
+            "apiVersion: v1\nkind: Pod\nspec: {}",
+            "metadata.name: is required",
+        ),
     ] {
         let problem = problem(text);
         assert!(problem.starts_with(expected), "{text:?} gave {problem:?}");
@@ -117,7 +161,10 @@ fn refuses_impossible_values() {
     ];
     for (text, field) in cases {
         let problem = problem(&text);
-        assert!(problem.starts_with(&format!("{field}: ")), "{text} gave {problem:?}");
+        assert!(
+            problem.starts_with(&format!("{field}: ")),
+            "{text} gave {problem:?}"
+        );
     }
 }
 
@@ -125,7 +172,13 @@ fn refuses_impossible_values() {
 fn one_text_cannot_define_an_object_twice() {
     let parsed = parse(&format!("{POD}---\n{POD}"));
     assert_eq!(parsed.objects.len(), 1);
-    assert!(parsed.problems[0].message.contains("already defined at line 1"), "{:?}", parsed.problems);
+    assert!(
+        parsed.problems[0]
+            .message
+            .contains("already defined at line 1"),
+        "{:?}",
+        parsed.problems
+    );
 }
 
 #[test]
@@ -149,10 +202,15 @@ fn patterns_are_exact_prefix_suffix_or_presence() {
 fn the_documented_example_is_valid() {
     let documentation = include_str!("../../../docs/manifests.md");
     let examples = documentation.split("```yaml\n").skip(1);
-    let text: Vec<_> = examples.filter_map(|rest| rest.split("```").next()).collect();
+    let text: Vec<_> = examples
+        .filter_map(|rest| rest.split("```").next())
+        .collect();
     let parsed = parse(&text.join("\n---\n"));
     assert_eq!(parsed.problems, []);
-    let kinds: std::collections::BTreeSet<_> =
-        parsed.objects.iter().map(|located| located.object.kind()).collect();
+    let kinds: std::collections::BTreeSet<_> = parsed
+        .objects
+        .iter()
+        .map(|located| located.object.kind())
+        .collect();
     assert_eq!(kinds.len(), Kind::ALL.len(), "an example of every kind");
 }

@@ -35,7 +35,13 @@ impl Followed {
         let generation = hub.generation();
         let (stop, stopped) = channel::channel(false);
         let task = tokio::spawn(source.run(Some(watch), hub.clone(), metrics, stopped));
-        Self { folder, hub, generation, _stop: stop, task }
+        Self {
+            folder,
+            hub,
+            generation,
+            _stop: stop,
+            task,
+        }
     }
 
     fn write(&self, name: &str, text: &str) {
@@ -82,8 +88,16 @@ async fn files_that_come_change_and_go_are_noticed() {
     source.write("b.yml", &pod("cart", "10.0.0.2"));
     assert_eq!(source.changed().await, ["cart/10.0.0.2", "web/10.0.0.1"]);
     source.replace("a.yaml", &pod("web", "10.0.0.9"));
-    assert_eq!(source.changed().await, ["cart/10.0.0.2", "web/10.0.0.9"], "replaced by rename");
-    fs::rename(source.folder.path().join("b.yml"), source.folder.path().join("b.bak")).expect("rename");
+    assert_eq!(
+        source.changed().await,
+        ["cart/10.0.0.2", "web/10.0.0.9"],
+        "replaced by rename"
+    );
+    fs::rename(
+        source.folder.path().join("b.yml"),
+        source.folder.path().join("b.bak"),
+    )
+    .expect("rename");
     assert_eq!(source.changed().await, ["web/10.0.0.9"], "renamed away");
     fs::remove_file(source.folder.path().join("a.yaml")).expect("remove");
     assert!(source.changed().await.is_empty());
@@ -92,14 +106,22 @@ async fn files_that_come_change_and_go_are_noticed() {
 
 #[tokio::test]
 async fn a_malformed_file_keeps_its_last_good_objects() {
-    let mut source = Followed::start(&[("a.yaml", pod("web", "10.0.0.1") + &pod("cart", "10.0.0.2"))]);
+    let mut source =
+        Followed::start(&[("a.yaml", pod("web", "10.0.0.1") + &pod("cart", "10.0.0.2"))]);
     let spoilt = pod("web", "10.0.0.7").replace("nodeName", "nodeNam");
     source.write("a.yaml", &(spoilt + &pod("cart", "10.0.0.3")));
     assert_eq!(source.changed().await, ["cart/10.0.0.3", "web/10.0.0.1"]);
-    source.write("a.yaml", &("{".to_owned() + "\n---\n" + &pod("cart", "10.0.0.4")));
+    source.write(
+        "a.yaml",
+        &("{".to_owned() + "\n---\n" + &pod("cart", "10.0.0.4")),
+    );
     assert_eq!(source.changed().await, ["cart/10.0.0.4", "web/10.0.0.1"]);
     source.write("a.yaml", &pod("cart", "10.0.0.5"));
-    assert_eq!(source.changed().await, ["cart/10.0.0.5"], "repaired: what is gone is gone");
+    assert_eq!(
+        source.changed().await,
+        ["cart/10.0.0.5"],
+        "repaired: what is gone is gone"
+    );
     source.task.abort();
 }
 
@@ -157,5 +179,10 @@ fn a_file_that_changed_a_moment_ago_waits_for_its_event() {
     let (mut source, _) = FilesSource::open(folder.path()).expect("readable");
     fs::write(folder.path().join("a.yaml"), pod("web", "10.0.0.1")).expect("write");
     assert!(source.scan(&Scope::Settled).is_empty());
-    assert_eq!(source.scan(&Scope::Files(["a.yaml".to_owned()].into())).len(), 1);
+    assert_eq!(
+        source
+            .scan(&Scope::Files(["a.yaml".to_owned()].into()))
+            .len(),
+        1
+    );
 }

@@ -47,8 +47,10 @@ struct Got {
 
 impl World {
     fn new(text: &str) -> Self {
-        let mut world =
-            Self { index: Index::new(MeshConfig::default()), session: Session::default() };
+        let mut world = Self {
+            index: Index::new(MeshConfig::default()),
+            session: Session::default(),
+        };
         world.put(text);
         world
     }
@@ -56,16 +58,27 @@ impl World {
     fn put(&mut self, text: &str) {
         let parsed = parse(text);
         assert_eq!(parsed.problems, []);
-        self.index.apply(parsed.objects.into_iter().map(|it| Change::Upsert(Arc::new(it.object))));
+        self.index.apply(
+            parsed
+                .objects
+                .into_iter()
+                .map(|it| Change::Upsert(Arc::new(it.object))),
+        );
     }
 
     fn delete(&mut self, kind: Kind, namespace: &str, name: &str) {
-        let key = ObjectKey { kind, namespace: namespace.into(), name: name.into() };
+        let key = ObjectKey {
+            kind,
+            namespace: namespace.into(),
+            name: name.into(),
+        };
         self.index.apply([Change::Remove(key)]);
     }
 
     fn send(&mut self, request: DeltaDiscoveryRequest) -> Event {
-        self.session.on_request(request, self.index.store()).expect("accepted")
+        self.session
+            .on_request(request, self.index.store())
+            .expect("accepted")
     }
 
     fn subscribe(&mut self, kind: ResourceType, names: &[&str]) {
@@ -84,7 +97,11 @@ impl World {
         let response = self.raw()?;
         Some(Got {
             kind: ResourceType::from_url(&response.type_url).expect("known"),
-            names: response.resources.into_iter().map(|resource| resource.name).collect(),
+            names: response
+                .resources
+                .into_iter()
+                .map(|resource| resource.name)
+                .collect(),
             removed: response.removed_resources,
         })
     }
@@ -97,7 +114,10 @@ impl World {
         self.send(DeltaDiscoveryRequest {
             type_url: kind.url().into(),
             response_nonce: nonce,
-            error_detail: error.map(|message| Status { message: message.into(), ..Status::default() }),
+            error_detail: error.map(|message| Status {
+                message: message.into(),
+                ..Status::default()
+            }),
             ..DeltaDiscoveryRequest::default()
         })
     }
@@ -109,7 +129,11 @@ impl World {
 
 fn got(kind: ResourceType, names: &[&str], removed: &[&str]) -> Option<Got> {
     let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect();
-    Some(Got { kind, names: owned(names), removed: owned(removed) })
+    Some(Got {
+        kind,
+        names: owned(names),
+        removed: owned(removed),
+    })
 }
 
 #[test]
@@ -151,7 +175,11 @@ fn a_slow_client_gets_the_newest_state_at_once() {
     world.put(&pod("gone", "10.0.9.9"));
     world.delete(Kind::Pod, "shop", "gone");
     world.ack(ADDRESS);
-    assert_eq!(world.next(), got(ADDRESS, &[WEB], &[CART]), "one response, without what came and went");
+    assert_eq!(
+        world.next(),
+        got(ADDRESS, &[WEB], &[CART]),
+        "one response, without what came and went"
+    );
     world.ack(ADDRESS);
     assert_eq!(world.next(), None);
 }
@@ -162,7 +190,10 @@ fn a_client_that_is_further_behind_than_the_log_still_converges() {
     world.subscribe(ADDRESS, &[]);
     assert_eq!(world.next(), got(ADDRESS, &[CART], &[]));
     world.ack(ADDRESS);
-    let (a, b) = (parse(&pod("web", "10.0.0.2")).objects, parse(&pod("web", "10.0.0.3")).objects);
+    let (a, b) = (
+        parse(&pod("web", "10.0.0.2")).objects,
+        parse(&pod("web", "10.0.0.3")).objects,
+    );
     let (a, b) = (Arc::new(a[0].object.clone()), Arc::new(b[0].object.clone()));
     for _ in 0..=CHANGE_LOG_MAX / 2 {
         world.index.apply([Change::Upsert(a.clone())]);
@@ -179,7 +210,11 @@ fn after_a_reconnect_only_the_difference_is_sent() {
         let held = world.index.store().get(ADDRESS, name).expect("there");
         (name.to_owned(), held.version.to_string())
     };
-    let held = [version(CART), (WEB.to_owned(), "old".into()), ("gone".to_owned(), "1".into())];
+    let held = [
+        version(CART),
+        (WEB.to_owned(), "old".into()),
+        ("gone".to_owned(), "1".into()),
+    ];
     world.send(DeltaDiscoveryRequest {
         type_url: ADDRESS.url().into(),
         initial_resource_versions: held.into(),
@@ -194,8 +229,18 @@ fn a_refused_version_is_not_sent_again_until_it_changes() {
     world.subscribe(ADDRESS, &[]);
     world.next();
     let event = world.answer(ADDRESS, Some(&"x".repeat(5000)));
-    let Event::Nack { kind, names, reason } = event else { panic!("{event:?}") };
-    assert_eq!((kind, names.len(), reason.len()), (ADDRESS, 2, NACK_REASON_MAX_BYTES));
+    let Event::Nack {
+        kind,
+        names,
+        reason,
+    } = event
+    else {
+        panic!("{event:?}")
+    };
+    assert_eq!(
+        (kind, names.len(), reason.len()),
+        (ADDRESS, 2, NACK_REASON_MAX_BYTES)
+    );
     assert_eq!(world.next(), None);
     world.put(&pod("cart", "10.0.0.9"));
     assert_eq!(world.next(), got(ADDRESS, &[CART], &[]));
@@ -229,19 +274,33 @@ fn policies_come_before_the_workloads_that_list_them_and_leave_after() {
     assert_eq!(world.next(), got(ADDRESS, &[CART], &[]));
 
     world.put(STRICT);
-    assert_eq!(world.next(), None, "the workload would list a policy that was not sent yet");
+    assert_eq!(
+        world.next(),
+        None,
+        "the workload would list a policy that was not sent yet"
+    );
     world.ack(AUTHORIZATION);
-    assert_eq!(world.next(), got(AUTHORIZATION, &["weft-system/weft_strict"], &[]));
+    assert_eq!(
+        world.next(),
+        got(AUTHORIZATION, &["weft-system/weft_strict"], &[])
+    );
     assert_eq!(world.next(), None);
     world.ack(ADDRESS);
     assert_eq!(world.next(), got(ADDRESS, &[CART], &[]));
     world.ack(AUTHORIZATION);
 
     world.delete(Kind::MeshPolicy, "weft-system", "mesh");
-    assert_eq!(world.next(), None, "the workload still lists it at the client");
+    assert_eq!(
+        world.next(),
+        None,
+        "the workload still lists it at the client"
+    );
     world.ack(ADDRESS);
     assert_eq!(world.next(), got(ADDRESS, &[CART], &[]));
-    assert_eq!(world.next(), got(AUTHORIZATION, &[], &["weft-system/weft_strict"]));
+    assert_eq!(
+        world.next(),
+        got(AUTHORIZATION, &[], &["weft-system/weft_strict"])
+    );
 }
 
 fn on_demand(world: &mut World) {
@@ -268,7 +327,11 @@ fn on_demand_every_demand_is_answered_under_its_own_name() {
         ("/192.0.2.1", vec![], vec!["/192.0.2.1"]),
     ] {
         world.subscribe(ADDRESS, &[demanded]);
-        assert_eq!(world.next(), got(ADDRESS, &expected, &removed), "{demanded}");
+        assert_eq!(
+            world.next(),
+            got(ADDRESS, &expected, &removed),
+            "{demanded}"
+        );
         world.ack(ADDRESS);
         assert_eq!(world.next(), None);
     }
@@ -281,8 +344,14 @@ fn a_demanded_service_address_stands_for_the_service() {
     world.subscribe(ADDRESS, &["/10.96.0.1"]);
     let response = world.raw().expect("answered");
     let body = |name: &str| {
-        let found = response.resources.iter().find(|resource| resource.name == name);
-        found.and_then(|resource| resource.resource.clone()).expect(name).value
+        let found = response
+            .resources
+            .iter()
+            .find(|resource| resource.name == name);
+        found
+            .and_then(|resource| resource.resource.clone())
+            .expect(name)
+            .value
     };
     assert_eq!(body("/10.96.0.1"), body(CART_SERVICE));
     assert_ne!(body("/10.96.0.1"), body(CART));
@@ -293,12 +362,18 @@ fn on_demand_only_what_was_demanded_is_updated() {
     let mut world = World::new(&(pod("cart", "10.0.0.1") + &pod("web", "10.0.0.2")));
     on_demand(&mut world);
     world.subscribe(ADDRESS, &["/10.0.0.1", "/10.0.0.7"]);
-    assert_eq!(world.next(), got(ADDRESS, &["/10.0.0.1", CART], &["/10.0.0.7"]));
+    assert_eq!(
+        world.next(),
+        got(ADDRESS, &["/10.0.0.1", CART], &["/10.0.0.7"])
+    );
     world.ack(ADDRESS);
     world.put(&pod("web", "10.0.0.3"));
     assert_eq!(world.next(), None);
     world.put(&pod("late", "10.0.0.7"));
-    assert_eq!(world.next(), got(ADDRESS, &["/10.0.0.7", "Kubernetes//Pod/shop/late"], &[]));
+    assert_eq!(
+        world.next(),
+        got(ADDRESS, &["/10.0.0.7", "Kubernetes//Pod/shop/late"], &[])
+    );
     world.ack(ADDRESS);
     world.delete(Kind::Pod, "shop", "cart");
     assert_eq!(world.next(), got(ADDRESS, &[], &["/10.0.0.1", CART]));
@@ -335,7 +410,9 @@ fn unknown_types_are_answered_with_nothing_and_their_acknowledgement_is_not() {
         resource_names_subscribe: vec!["*".into(), "x".into()],
         ..DeltaDiscoveryRequest::default()
     };
-    let Event::UnknownType(response) = world.send(request.clone()) else { panic!("no answer") };
+    let Event::UnknownType(response) = world.send(request.clone()) else {
+        panic!("no answer")
+    };
     assert_eq!(response.type_url, request.type_url);
     assert_eq!(response.removed_resources, ["x"]);
     let ack = DeltaDiscoveryRequest {
@@ -356,6 +433,8 @@ fn demands_are_limited() {
         ..DeltaDiscoveryRequest::default()
     };
     world.send(request(DEMANDED_MAX));
-    let refused = world.session.on_request(request(DEMANDED_MAX + 1), world.index.store());
+    let refused = world
+        .session
+        .on_request(request(DEMANDED_MAX + 1), world.index.store());
     assert_eq!(refused, Err(Violation::TooManyNames));
 }

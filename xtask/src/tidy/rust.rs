@@ -48,7 +48,8 @@ pub fn check(source: &Source) -> Vec<Finding> {
 /// Files of unit tests beside the code: their tables of cases may be long, and the module tested says what it is for.
 fn is_unit_test(source: &Source) -> bool {
     let name = source.name();
-    name.contains("/src/") && (name.ends_with("/tests.rs") || name.contains("/tests/"))
+    name.contains("/src/")
+        && (name.ends_with("/tests.rs") || name.ends_with("_tests.rs") || name.contains("/tests/"))
 }
 
 fn lengths(source: &Source, code: &str) -> Vec<Finding> {

@@ -6,8 +6,11 @@ use mesh_ebpf::{EdgeCounters, EdgeKey};
 
 use super::agent::Agent;
 use crate::{
-    capture::flows::{SameNodeEdge, SameNodeFlow},
-    discovery::model::SameNode,
+    capture::{
+        LocalWorkload,
+        flows::{SameNodeEdge, SameNodeFlow},
+    },
+    discovery::model::{SameNode, Workload},
     policy::{self, Connection},
     telemetry::{CloseReason, ConnectionInfo, Direction, KernelFlow, Party, Security},
 };
@@ -49,7 +52,11 @@ impl Agent {
         };
         self.telemetry.kernel_flow(&info, flow);
         for _ in 0..since(counters.failed, earlier.failed) {
-            self.telemetry.failed(&info, CloseReason::ConnectFailed, &"the application did not accept");
+            self.telemetry.failed(
+                &info,
+                CloseReason::ConnectFailed,
+                &"the application did not accept",
+            );
         }
     }
 
@@ -64,7 +71,9 @@ impl Agent {
                 address: None,
             },
             destination: Party {
-                identity: destination.as_ref().map(|workload| workload.identity.clone()),
+                identity: destination
+                    .as_ref()
+                    .map(|workload| workload.identity.clone()),
                 workload: destination,
                 address: Some(edge.destination),
             },
@@ -82,15 +91,21 @@ impl Agent {
             let (from, to) = (flow.source_address, flow.destination_address);
             match self.capture.end_flow(&flow) {
                 Ok(()) => tracing::info!(%from, %to, "same-node flow ended: policy forbids it now"),
-                Err(error) => tracing::error!(%from, %to, %error, "cannot end a same-node flow that policy forbids"),
+                Err(error) => {
+                    tracing::error!(%from, %to, %error, "cannot end a same-node flow that policy forbids")
+                }
             }
         }
     }
 
     /// An end that discovery does not know (any more) is unknown, and unknown means deny.
     fn may_go_on(&self, flow: &SameNodeFlow) -> bool {
+        let state = self.mesh.read();
+        let known = |local: &LocalWorkload| {
+            state.local_workload(&self.config.node.name, &local.namespace, &local.name)
+        };
         let (Some(source), Some(destination)) =
-            (flow.source.local.workload.load_full(), flow.destination.local.workload.load_full())
+            (known(&flow.source.local), known(&flow.destination.local))
         else {
             return false;
         };
@@ -99,7 +114,9 @@ impl Agent {
             source: flow.source_address.ip(),
             destination: flow.destination_address,
         };
-        let kernel_allowed = [&source, &destination].iter().all(|w| w.capture.same_node == SameNode::Kernel);
-        kernel_allowed && policy::authorize(&self.mesh.read(), &destination, &connection).is_allowed()
+        let wanted = |workload: &Workload| workload.capture.same_node == SameNode::Kernel;
+        wanted(&source)
+            && wanted(&destination)
+            && policy::authorize(&state, &destination, &connection).is_allowed()
     }
 }

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Counters, ProxyContext,
     accept::{self, Accepted, Kind},
+    balance::{BalanceLimits, Balancer},
     connect::Dialer,
     limits::{
         HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE, SWEEP_INTERVAL,
@@ -36,7 +37,7 @@ use super::{
 };
 use crate::{
     capture::{ConnectionGuard, Listeners, LocalWorkload},
-    policy::{self, Decision},
+    policy::Decision,
     telemetry::CloseReason,
 };
 
@@ -460,6 +461,7 @@ pub(super) struct Worker {
     pub shared: Arc<Shared>,
     pub pool: Rc<Pool<Dialer>>,
     pub registry: Rc<Registry>,
+    pub balancer: RefCell<Balancer>,
     pub generation: watch::Receiver<u64>,
     pub handshakes: SourceCounts,
     pub tunnels: SourceCounts,
@@ -495,6 +497,7 @@ async fn run(
         index,
         pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
         registry: Rc::new(Registry::default()),
+        balancer: RefCell::new(Balancer::new(rand::random(), BalanceLimits::default())),
         generation: context.mesh.generation(),
         handshakes: SourceCounts::default(),
         tunnels: SourceCounts::default(),
@@ -534,12 +537,8 @@ async fn reevaluate(worker: Rc<Worker>) {
         for batch in worker.registry.judged().chunks(REEVALUATION_BATCH) {
             for (id, judged) in batch {
                 // A workload that discovery has lost sight of cannot be judged anew: its end comes by un-enrolment.
-                let Some(workload) = judged.local.workload.load_full() else {
-                    continue;
-                };
-                let decision =
-                    policy::authorize(&worker.context.mesh.read(), &workload, &judged.connection);
-                if let Decision::Denied { policy, .. } = decision {
+                let decision = worker.context.judge(&judged.local, &judged.connection);
+                if let Some(Decision::Denied { policy, .. }) = decision {
                     tracing::info!(peer = ?judged.connection.peer, ?policy, "connection is no longer allowed");
                     worker.shared.counters.revoked.add();
                     worker.registry.close_one(*id, CloseReason::Revoked);

@@ -10,7 +10,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mesh_agent::{config::AgentConfig, lifecycle, sys};
+use mesh_agent::{config::AgentConfig, lifecycle, sys, telemetry::logging};
 
 // Long-lived process with many small, short-lived buffers: glibc's allocator keeps what it got.
 #[global_allocator]
@@ -34,6 +34,15 @@ struct Cli {
 enum LogFormat {
     Text,
     Json,
+}
+
+impl From<LogFormat> for logging::Format {
+    fn from(format: LogFormat) -> Self {
+        match format {
+            LogFormat::Text => Self::Text,
+            LogFormat::Json => Self::Json,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -138,18 +147,18 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
         Command::Run(args) => {
             let config = run_config(*args)?;
             config.validate()?;
-            let filter = init_logging(&cli.log, cli.log_format)?;
+            let logs = logging::init(&cli.log, cli.log_format.into())?;
             require_root()?;
             sys::netns::remember_home().context("open the agent's own network namespace")?;
-            lifecycle::run(config, filter)
+            Ok(lifecycle::run(config, logs)?)
         }
         Command::Uninstall(paths) => {
             let config = path_config(paths)?;
             anyhow::ensure!(!config.node.name.is_empty(), "name the node with --node");
-            init_logging(&cli.log, cli.log_format)?;
+            logging::init(&cli.log, cli.log_format.into())?;
             require_root()?;
             sys::netns::remember_home().context("open the agent's own network namespace")?;
-            lifecycle::uninstall(&config)
+            Ok(lifecycle::uninstall(&config)?)
         }
     }
 }
@@ -195,23 +204,4 @@ fn require_root() -> anyhow::Result<()> {
         "must run as root: loading eBPF programs and entering network namespaces need CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN"
     );
     Ok(())
-}
-
-/// Logs go to standard error. The filter can be changed while running.
-fn init_logging(filter: &str, format: LogFormat) -> anyhow::Result<lifecycle::LogFilter> {
-    use tracing_subscriber::{
-        EnvFilter, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
-    };
-    let filter = EnvFilter::try_new(filter).with_context(|| format!("--log {filter:?}"))?;
-    let (filter, handle) = reload::Layer::new(filter);
-    let registry = tracing_subscriber::registry().with(filter);
-    match format {
-        LogFormat::Text => registry
-            .with(fmt::layer().with_writer(std::io::stderr))
-            .init(),
-        LogFormat::Json => registry
-            .with(fmt::layer().json().with_writer(std::io::stderr))
-            .init(),
-    }
-    Ok(handle)
 }

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_agent::{
-    capture::{Capture, DialOptions, Enrolled, Listeners, kernel::KernelConfig},
+    capture::{Capture, DialOptions, Enrolled, Listeners, kernel::{Kernel, KernelConfig}},
     discovery::model::{CaptureSettings, FailureMode},
     sys::netns,
 };
@@ -61,7 +61,7 @@ fn start(node: &Node) -> Result<Capture> {
         bpffs_root: node.bpffs_root.clone(),
         node: node.name.clone(),
     };
-    Ok(Capture::start(config)?.0)
+    Ok(Capture::new(Kernel::start(config)?.0)?)
 }
 
 fn enrolment(pod: &Pod) -> Enrolment {

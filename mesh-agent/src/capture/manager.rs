@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Listeners, LocalWorkload, Verdicts, dial,
     error::CaptureError,
-    kernel::{Found, Kernel, KernelConfig},
+    kernel::Kernel,
     steering,
 };
 use crate::{
@@ -56,29 +56,19 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Takes over or makes the kernel objects of this node.
+    /// Manages workloads on a kernel side that was started.
     ///
     /// # Errors
-    /// Those of [`Kernel::start`].
-    pub fn new(kernel: Kernel) -> Self {
+    /// When the kernel refuses the generation.
+    pub fn new(kernel: Kernel) -> Result<Self, CaptureError> {
         // Greater than any sum that an earlier agent of this boot can have used.
         let generation_base = sys::monotonic_ns();
-        Self {
+        kernel.set_generation(generation_base)?;
+        Ok(Self {
             kernel: Arc::new(kernel),
             generation_base,
             enrolled: Mutex::default(),
-        }
-    }
-
-    /// Loads, adopts and attaches.
-    ///
-    /// # Errors
-    /// Those of [`Kernel::start`].
-    pub fn start(config: KernelConfig) -> Result<(Self, Found), CaptureError> {
-        let (kernel, found) = Kernel::start(config)?;
-        let capture = Self::new(kernel);
-        capture.kernel.set_generation(capture.generation_base)?;
-        Ok((capture, found))
+        })
     }
 
     /// The kernel side, for counters.
@@ -228,6 +218,12 @@ impl Capture {
             .set_generation(self.generation_base + generation)?;
         self.kernel.set_dead(dead);
         Ok(())
+    }
+
+    /// Whether the kernel programs know the workload.
+    #[must_use]
+    pub fn is_captured(&self, enrolled: &Enrolled) -> bool {
+        self.kernel.workload(enrolled.local.cookie()).is_some()
     }
 
     /// Forgets namespaces that an earlier agent captured and nobody enrols any more.

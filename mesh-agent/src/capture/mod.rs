@@ -16,6 +16,19 @@ use crate::{
     sys::netns::{Netns, NetnsCookie},
 };
 
+mod dial;
+mod error;
+pub mod flows;
+pub mod kernel;
+mod manager;
+pub mod steering;
+mod verdicts;
+
+pub use dial::set_common_options;
+pub use error::CaptureError;
+pub use manager::{Capture, Enrolled, Record, undo_record};
+pub use verdicts::{Verdict, Verdicts};
+
 /// Captured outbound connections.
 pub const OUTBOUND_PORT: u16 = 15001;
 /// Captured inbound plaintext.
@@ -101,35 +114,5 @@ pub async fn dial(
     destination: SocketAddr,
     options: DialOptions,
 ) -> std::io::Result<tokio::net::TcpStream> {
-    todo!()
-}
-
-/// The kernel's cache of verdicts on outbound connections, per (workload, destination). A verdict is forgotten when
-/// the mesh changes (generation) or its time is over.
-#[derive(Debug, Clone)]
-pub struct Verdicts {}
-
-/// What `connect(2)` shall do by itself the next time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
-    /// The destination is outside the mesh: leave the socket alone.
-    Pass,
-    /// The destination is on this node and allowed: application to application in the kernel.
-    SameNode,
-    /// The peer refused by policy: fail with `EACCES`-like errno.
-    Denied,
-}
-
-impl Verdicts {
-    /// Remembers a verdict that was taken while `generation` was the mesh's. Never fails for the caller: a full or
-    /// broken cache only means that the agent is asked again.
-    pub fn remember(
-        &self,
-        _workload: &LocalWorkload,
-        _destination: SocketAddr,
-        _generation: u64,
-        _verdict: Verdict,
-    ) {
-        todo!()
-    }
+    dial::dial(workload, destination, options).await
 }

@@ -64,7 +64,7 @@ mod tests {
     #[test]
     fn a_healthy_period_resets_and_a_short_one_does_not() {
         let mut backoff = Backoff::new(SmallRng::seed_from_u64(7));
-        (0..20).for_each(|_| drop(backoff.after(Duration::ZERO)));
+        (0..20).for_each(|_| _ = backoff.after(Duration::ZERO));
         backoff.after(HEALTHY_AFTER - Duration::from_millis(1));
         assert_eq!(backoff.ceiling, BACKOFF_MAX);
         assert!(backoff.after(HEALTHY_AFTER) <= BACKOFF_MIN);
@@ -75,7 +75,7 @@ mod tests {
         let mut thirds = [0u32; 3];
         for seed in 0..100 {
             let mut backoff = Backoff::new(SmallRng::seed_from_u64(seed));
-            (0..20).for_each(|_| drop(backoff.after(Duration::ZERO)));
+            (0..20).for_each(|_| _ = backoff.after(Duration::ZERO));
             let wait = backoff.after(Duration::ZERO);
             thirds[(wait.as_secs_f64() / BACKOFF_MAX.as_secs_f64() * 2.999) as usize] += 1;
         }

@@ -11,13 +11,14 @@ pub mod backoff;
 pub mod client;
 pub mod convert;
 mod dump;
+mod group;
 mod lookup;
 pub mod model;
 pub mod snapshot;
 pub mod state;
 pub mod subscription;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod update;
 
 pub use client::{DiscoveryClient, DiscoveryConfig, DiscoveryError, DiscoveryStatus, Phase};
@@ -52,7 +53,6 @@ impl Mesh {
     }
 
     /// Read access; hold it only for a look-up, never across an await.
-    #[must_use]
     pub fn read(&self) -> RwLockReadGuard<'_, MeshState> {
         self.state
             .read()

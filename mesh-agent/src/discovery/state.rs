@@ -9,7 +9,7 @@
 //! ```
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -22,10 +22,10 @@ use mesh_api::{
 };
 
 use super::{
+    group::{Members, PolicyIndex, Ranges, prune},
     model::{BalancingMode, Policy, Service, Workload},
     update::{Change, Update},
 };
-use crate::policy::Reach;
 
 /// A workload with what only the index needs.
 #[derive(Debug, PartialEq)]
@@ -73,6 +73,9 @@ pub struct MeshState {
     pub(super) ranges: HashMap<Arc<str>, Ranges>,
     pub(super) policies: PolicyIndex,
     dead: BTreeSet<SocketAddr>,
+    /// Entries visited by changes, so that a test can tell that their cost does not grow with the mesh.
+    #[cfg(test)]
+    steps: std::sync::atomic::AtomicUsize,
 }
 
 /// How many resources the index holds.
@@ -107,6 +110,17 @@ impl MeshState {
             policies: self.policies.all.len(),
             stand_ins: self.policies.stand_ins,
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn steps(&self) -> usize {
+        self.steps.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    fn count_step(&self) {
+        #[cfg(test)]
+        self.steps
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// Applies one change; whether anything differs afterwards.
@@ -268,6 +282,7 @@ impl MeshState {
     fn link_members(&mut self, entry: &Arc<WorkloadEntry>) {
         let reachable = self.is_reachable(entry);
         for (key, ports) in &entry.workload.services {
+            self.count_step();
             let members = self.members.entry(key.clone()).or_default();
             members
                 .entries
@@ -281,6 +296,7 @@ impl MeshState {
     fn unlink_members(&mut self, old: &WorkloadEntry) {
         let reachable = self.is_reachable(old);
         for (key, ports) in &old.workload.services {
+            self.count_step();
             prune(&mut self.members, key, |members| {
                 members.entries.remove(&old.workload.uid);
                 if reachable {
@@ -387,6 +403,7 @@ impl MeshState {
                 ports.extend(self.services_at(vip).flat_map(|e| e.service.ports.keys()));
             }
             for port in ports {
+                self.count_step();
                 let address = SocketAddr::new(vip, port);
                 if self.is_dead(vip, port) {
                     self.dead.insert(address);
@@ -446,187 +463,4 @@ fn indexed_addresses(entry: &WorkloadEntry) -> impl Iterator<Item = IpAddr> {
         .iter()
         .copied()
         .filter(|_| !entry.workload.host_network)
-}
-
-/// Lets `trim` change the value at `key`, and drops the value when `trim` says that it is empty.
-fn prune<K: std::hash::Hash + Eq, V>(
-    map: &mut HashMap<K, V>,
-    key: &K,
-    trim: impl FnOnce(&mut V) -> bool,
-) {
-    if map.get_mut(key).is_some_and(trim) {
-        map.remove(key);
-    }
-}
-
-/// The workloads of one service, known or not yet known.
-#[derive(Debug, Default)]
-pub(super) struct Members {
-    pub(super) entries: BTreeMap<WorkloadUid, Arc<WorkloadEntry>>,
-    usable: Usable,
-}
-
-/// How many members can be dialled, so that "none" is known without walking them.
-#[derive(Debug, Default)]
-struct Usable {
-    total: HealthCount,
-    /// By service port, members that map it themselves.
-    mapped: BTreeMap<u16, HealthCount>,
-}
-
-#[derive(Debug, Default)]
-struct HealthCount {
-    all: usize,
-    healthy: usize,
-}
-
-impl HealthCount {
-    fn any(&self, unhealthy_too: bool) -> bool {
-        if unhealthy_too {
-            self.all > 0
-        } else {
-            self.healthy > 0
-        }
-    }
-}
-
-impl Usable {
-    fn add(&mut self, healthy: bool, ports: &BTreeMap<u16, u16>) {
-        let mapped = &mut self.mapped;
-        let count = |c: &mut HealthCount| {
-            c.all += 1;
-            c.healthy += usize::from(healthy);
-        };
-        count(&mut self.total);
-        ports
-            .keys()
-            .for_each(|port| count(mapped.entry(*port).or_default()));
-    }
-
-    fn remove(&mut self, healthy: bool, ports: &BTreeMap<u16, u16>) {
-        let uncount = |c: &mut HealthCount| {
-            c.all = c.all.saturating_sub(1);
-            c.healthy = c.healthy.saturating_sub(usize::from(healthy));
-        };
-        uncount(&mut self.total);
-        for port in ports.keys() {
-            if let Some(count) = self.mapped.get_mut(port) {
-                uncount(count);
-                if count.all == 0 {
-                    self.mapped.remove(port);
-                }
-            }
-        }
-    }
-
-    fn any(&self, port: u16, target: u16, unhealthy_too: bool) -> bool {
-        let count = if target > 0 {
-            Some(&self.total)
-        } else {
-            self.mapped.get(&port)
-        };
-        count.is_some_and(|count| count.any(unhealthy_too))
-    }
-}
-
-/// Ranges of virtual addresses of one network, found by trying each prefix length in use.
-#[derive(Debug, Default)]
-pub(super) struct Ranges {
-    by_range: HashMap<IpNet, BTreeSet<NamespacedName>>,
-    /// How many ranges have this length, for IPv4 and IPv6 apart.
-    lengths: BTreeMap<(bool, u8), usize>,
-}
-
-impl Ranges {
-    fn insert(&mut self, range: IpNet, key: NamespacedName) {
-        let keys = self.by_range.entry(range).or_default();
-        if keys.is_empty() {
-            *self.lengths.entry(length_key(range)).or_default() += 1;
-        }
-        keys.insert(key);
-    }
-
-    /// Whether nothing is left.
-    fn remove(&mut self, range: &IpNet, key: &NamespacedName) -> bool {
-        if let Some(keys) = self.by_range.get_mut(range)
-            && keys.remove(key)
-            && keys.is_empty()
-        {
-            self.by_range.remove(range);
-            if let Some(count) = self.lengths.get_mut(&length_key(*range)) {
-                *count -= 1;
-                if *count == 0 {
-                    self.lengths.remove(&length_key(*range));
-                }
-            }
-        }
-        self.by_range.is_empty()
-    }
-
-    /// Every service with a range around the address, with the length of its prefix.
-    pub(super) fn containing(
-        &self,
-        address: IpAddr,
-    ) -> impl Iterator<Item = (u8, &NamespacedName)> {
-        let lengths = self
-            .lengths
-            .keys()
-            .filter(move |(v6, _)| *v6 == address.is_ipv6());
-        lengths.flat_map(move |(_, length)| {
-            let range = IpNet::new(address, *length).ok().map(|net| net.trunc());
-            let keys = range.and_then(|range| self.by_range.get(&range));
-            keys.into_iter().flatten().map(move |key| (*length, key))
-        })
-    }
-}
-
-fn length_key(range: IpNet) -> (bool, u8) {
-    (range.addr().is_ipv6(), range.prefix_len())
-}
-
-/// Policies by key and by reach.
-#[derive(Debug, Default)]
-pub(super) struct PolicyIndex {
-    pub(super) all: HashMap<NamespacedName, Arc<Policy>>,
-    global: BTreeMap<NamespacedName, Arc<Policy>>,
-    namespaces: HashMap<Arc<str>, BTreeMap<NamespacedName, Arc<Policy>>>,
-    stand_ins: usize,
-}
-
-impl PolicyIndex {
-    fn put(&mut self, policy: Arc<Policy>) -> bool {
-        let key = policy.key.clone();
-        if self.all.get(&key) == Some(&policy) {
-            return false;
-        }
-        self.remove(&key);
-        match policy.compiled.reach {
-            Reach::Global => {
-                self.global.insert(key.clone(), Arc::clone(&policy));
-            }
-            Reach::Namespace => {
-                let namespace = self.namespaces.entry(key.namespace.clone()).or_default();
-                namespace.insert(key.clone(), Arc::clone(&policy));
-            }
-            Reach::Selected => {}
-        }
-        self.stand_ins += usize::from(policy.compiled.stand_in);
-        self.all.insert(key, policy);
-        true
-    }
-
-    fn remove(&mut self, key: &NamespacedName) -> bool {
-        self.global.remove(key);
-        prune(&mut self.namespaces, &key.namespace, |policies| {
-            policies.remove(key);
-            policies.is_empty()
-        });
-        let removed = self.all.remove(key);
-        self.stand_ins -= usize::from(
-            removed
-                .as_ref()
-                .is_some_and(|policy| policy.compiled.stand_in),
-        );
-        removed.is_some()
-    }
 }

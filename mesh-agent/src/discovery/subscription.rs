@@ -150,6 +150,12 @@ impl Subscription {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn with_addresses_max(mut self, addresses_max: usize) -> Self {
+        self.rules.addresses_max = addresses_max;
+        self
+    }
+
     /// The node as it introduces itself.
     #[must_use]
     pub fn node(&self) -> &Node {

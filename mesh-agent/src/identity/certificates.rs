@@ -395,7 +395,11 @@ impl Shared {
         let outcome = result.and_then(|material| self.install(&mut state, identity, material));
         if let Err(error) = &outcome {
             self.telemetry.certificates.failures.inc();
-            tracing::warn!(%identity, %error, "no new certificate");
+            let left_s = state
+                .material
+                .get(identity)
+                .map(|material| material.not_after.saturating_sub(self.clock.unix()));
+            tracing::warn!(%identity, %error, left_s, "no new certificate");
             state.schedule.failed(identity, error.clone(), self.now());
         }
         if let Some(waiters) = state.waiters.remove(identity) {

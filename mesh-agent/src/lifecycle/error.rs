@@ -4,6 +4,7 @@ use std::{io, path::PathBuf};
 
 use super::records::RecordsError;
 use crate::{
+    admin::{BindError, LocalSocketError},
     capture::CaptureError, discovery::DiscoveryError, identity::CertificateError, proxy::WorkerError,
 };
 
@@ -24,17 +25,11 @@ pub enum AgentError {
     #[error("another agent is running with {0}; stop it first, or give this one a --run-dir of its own")]
     Running(PathBuf),
     /// A port of the node.
-    #[error("cannot listen on {address} for {purpose}: {source} (another agent, or another {purpose} port: {option})")]
-    Listen {
-        /// What for.
-        purpose: &'static str,
-        /// Where.
-        address: std::net::SocketAddr,
-        /// The option that changes it.
-        option: &'static str,
-        /// Why.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Listen(#[from] BindError),
+    /// The local socket.
+    #[error(transparent)]
+    LocalSocket(#[from] LocalSocketError),
     /// The runtime or a signal handler.
     #[error("cannot set up {what}: {source}")]
     System {

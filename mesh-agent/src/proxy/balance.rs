@@ -292,3 +292,267 @@ fn nearest(endpoints: &[Endpoint], usable: impl Fn(&Endpoint) -> bool) -> Vec<us
         .filter(|(_, e)| e.rank == best && usable(e));
     of_best.map(|(index, _)| index).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::discovery::{
+        MeshState,
+        tests::{pod, put},
+    };
+
+    const SEED: u64 = 0xba1a;
+
+    fn address(index: usize) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, u8::try_from(index).expect("few") + 1], 8080))
+    }
+
+    /// Endpoints with these (rank, weight), at `address(0)`, `address(1)`, and so on.
+    fn endpoints(shape: &[(u8, u32)]) -> Vec<Endpoint> {
+        let mut state = MeshState::new("");
+        let endpoint = |(index, (rank, capacity)): (usize, &(u8, u32))| {
+            let mut w = pod(&format!("p{index}"), &address(index).ip().to_string());
+            w.capacity = Some(*capacity);
+            put(&mut state, w);
+            let workload = state
+                .workload_by_address(address(index).ip())
+                .expect("just put");
+            let identities = Arc::new([workload.identity.clone()]);
+            Endpoint {
+                workload,
+                address: address(index),
+                identities,
+                rank: *rank,
+            }
+        };
+        shape.iter().enumerate().map(endpoint).collect()
+    }
+
+    fn balancer() -> Balancer {
+        Balancer::new(SEED, BalanceLimits::default())
+    }
+
+    /// How often each endpoint is chosen for connections that end at once.
+    fn shares(
+        balancer: &mut Balancer,
+        now: Instant,
+        endpoints: &[Endpoint],
+        rounds: usize,
+    ) -> Vec<usize> {
+        let mut counts = vec![0; endpoints.len()];
+        for _ in 0..rounds {
+            counts[balancer.choose(now, endpoints, None).expect("an endpoint")] += 1;
+        }
+        counts
+    }
+
+    fn fail(balancer: &mut Balancer, now: Instant, index: usize) {
+        balancer.started(now, address(index));
+        balancer.failed(now, address(index));
+    }
+
+    #[test]
+    fn nothing_to_choose_from_is_no_choice() {
+        assert_eq!(balancer().choose(Instant::now(), &[], None), None);
+    }
+
+    #[test]
+    fn idle_equal_endpoints_share_evenly() {
+        let counts = shares(
+            &mut balancer(),
+            Instant::now(),
+            &endpoints(&[(0, 1); 4]),
+            4_000,
+        );
+        assert!(
+            counts.iter().all(|count| (850..1_150).contains(count)),
+            "{counts:?}, seed {SEED:#x}"
+        );
+    }
+
+    #[test]
+    fn idle_endpoints_share_by_weight() {
+        let counts = shares(
+            &mut balancer(),
+            Instant::now(),
+            &endpoints(&[(0, 1), (0, 3)]),
+            4_000,
+        );
+        assert!(
+            (850..1_150).contains(&counts[0]),
+            "one in four: {counts:?}, seed {SEED:#x}"
+        );
+    }
+
+    #[test]
+    fn open_connections_level_out_by_weight() {
+        let (now, endpoints, mut balancer) = (
+            Instant::now(),
+            endpoints(&[(0, 1), (0, 1), (0, 2)]),
+            balancer(),
+        );
+        let mut open = [0u32; 3];
+        for _ in 0..400 {
+            let index = balancer.choose(now, &endpoints, None).expect("an endpoint");
+            balancer.started(now, address(index));
+            balancer.connected(now, address(index), Duration::from_micros(100));
+            open[index] += 1;
+        }
+        assert!(
+            open[0].abs_diff(100) <= 10 && open[1].abs_diff(100) <= 10,
+            "{open:?}, seed {SEED:#x}"
+        );
+        (0..100).for_each(|_| balancer.finished(address(0)));
+        let next = shares(&mut balancer, now, &endpoints[..2], 10);
+        assert_eq!(next, [10, 0], "the one that was freed is preferred");
+    }
+
+    #[test]
+    fn a_slow_endpoint_is_avoided_until_its_peak_is_forgotten() {
+        let (now, endpoints, mut balancer) =
+            (Instant::now(), endpoints(&[(0, 1), (0, 1)]), balancer());
+        for (index, latency_ms) in [(0, 2), (1, 500)] {
+            balancer.started(now, address(index));
+            balancer.connected(now, address(index), Duration::from_millis(latency_ms));
+            balancer.finished(address(index));
+        }
+        assert_eq!(shares(&mut balancer, now, &endpoints, 100), [100, 0]);
+        let counts = shares(
+            &mut balancer,
+            now + Duration::from_secs(120),
+            &endpoints,
+            100,
+        );
+        assert!(counts[1] > 25, "it gets another chance: {counts:?}");
+    }
+
+    #[test]
+    fn latencies_below_the_floor_are_equal() {
+        let (now, endpoints, mut balancer) =
+            (Instant::now(), endpoints(&[(0, 1), (0, 1)]), balancer());
+        for (index, latency_us) in [(0, 80), (1, 900)] {
+            balancer.started(now, address(index));
+            balancer.connected(now, address(index), Duration::from_micros(latency_us));
+            balancer.finished(address(index));
+        }
+        let counts = shares(&mut balancer, now, &endpoints, 1_000);
+        assert!(
+            (400..600).contains(&counts[0]),
+            "{counts:?}, seed {SEED:#x}"
+        );
+    }
+
+    #[test]
+    fn farther_ranks_are_used_only_when_the_nearer_ones_are_aside() {
+        let (now, endpoints, mut balancer) = (
+            Instant::now(),
+            endpoints(&[(0, 1), (1, 1), (2, 1)]),
+            balancer(),
+        );
+        assert_eq!(shares(&mut balancer, now, &endpoints, 50), [50, 0, 0]);
+        fail(&mut balancer, now, 0);
+        assert_eq!(shares(&mut balancer, now, &endpoints, 50), [0, 50, 0]);
+        fail(&mut balancer, now, 1);
+        assert_eq!(shares(&mut balancer, now, &endpoints, 50), [0, 0, 50]);
+        let later = now + BalanceLimits::default().aside_min;
+        assert_eq!(
+            shares(&mut balancer, later, &endpoints, 50),
+            [50, 0, 0],
+            "the nearest is back"
+        );
+    }
+
+    #[test]
+    fn the_excluded_endpoint_is_never_chosen() {
+        let (now, endpoints, mut balancer) =
+            (Instant::now(), endpoints(&[(0, 1), (1, 1)]), balancer());
+        assert_eq!(balancer.choose(now, &endpoints, Some(address(0))), Some(1));
+        assert_eq!(
+            balancer.choose(now, &endpoints[..1], Some(address(0))),
+            None
+        );
+        fail(&mut balancer, now, 1);
+        assert_eq!(
+            balancer.choose(now, &endpoints, Some(address(0))),
+            Some(1),
+            "aside is better than nothing"
+        );
+    }
+
+    #[test]
+    fn never_all_endpoints_are_aside() {
+        for (count, usable) in [(1, 1), (2, 1), (5, 1), (10, 2)] {
+            let (now, endpoints, mut balancer) =
+                (Instant::now(), endpoints(&vec![(0, 1); count]), balancer());
+            (0..count).for_each(|index| fail(&mut balancer, now, index));
+            assert_eq!(balancer.aside(now), count);
+            let chosen = shares(&mut balancer, now, &endpoints, 200);
+            assert_eq!(
+                chosen.iter().filter(|n| **n > 0).count(),
+                usable,
+                "of {count}: {chosen:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_time_aside_doubles_is_bounded_and_ends_with_success() {
+        let limits = BalanceLimits::default();
+        let (now, mut balancer) = (Instant::now(), balancer());
+        for failure in 0..40u32 {
+            fail(&mut balancer, now, 0);
+            let full = limits
+                .aside_min
+                .saturating_mul(1 << failure.min(20))
+                .min(limits.aside_max);
+            let until = balancer.aside[&address(0)] - now;
+            assert!(
+                until >= full / 2 && until <= full,
+                "failure {failure}: {until:?} of {full:?}"
+            );
+        }
+        balancer.started(now, address(0));
+        balancer.connected(now, address(0), Duration::from_millis(1));
+        assert_eq!(balancer.aside(now), 0);
+        balancer.finished(address(0));
+        fail(&mut balancer, now, 0);
+        assert!(
+            balancer.aside[&address(0)] - now <= limits.aside_min,
+            "the count starts again"
+        );
+    }
+
+    #[test]
+    fn memory_is_bounded_and_endpoints_in_use_are_kept() {
+        let mut balancer = Balancer::new(
+            SEED,
+            BalanceLimits {
+                tracked_max: 8,
+                ..BalanceLimits::default()
+            },
+        );
+        let start = Instant::now();
+        balancer.started(start, address(0));
+        for index in 1..200 {
+            let now = start + Duration::from_millis(index as u64);
+            fail(&mut balancer, now, index);
+            assert!(balancer.tracked() <= 8 && balancer.aside.len() <= 8);
+        }
+        assert_eq!(
+            balancer.tracked[&address(0)].in_flight,
+            1,
+            "it has a connection"
+        );
+        (1..8).for_each(|index| balancer.started(start, address(index)));
+        balancer.started(start, address(100));
+        assert_eq!(
+            balancer.tracked(),
+            8,
+            "all are in use: the new one is not remembered"
+        );
+        assert!(!balancer.tracked.contains_key(&address(100)));
+        balancer.finished(address(100));
+    }
+}

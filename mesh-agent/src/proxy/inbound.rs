@@ -448,7 +448,7 @@ impl Guest<'_> {
         let decision = policy::authorize(&self.worker.context.mesh.read(), &workload, &connection);
         let proof = match decision {
             Decision::Allowed(proof) => proof,
-            Decision::Denied { policy } => return Err(InboundError::Denied { policy }),
+            Decision::Denied { policy, .. } => return Err(InboundError::Denied { policy }),
         };
         let limit = self.worker.context.limits.time.connect;
         let app = tokio::select! {

@@ -15,6 +15,7 @@ use crate::{
 };
 
 mod accept;
+pub mod balance;
 pub mod buffers;
 pub mod connect;
 pub mod counters;

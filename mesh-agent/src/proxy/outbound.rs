@@ -10,6 +10,7 @@ use std::{
 };
 
 use http::{HeaderMap, StatusCode};
+use mesh_api::names::NamespacedName;
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
@@ -27,7 +28,7 @@ use super::{
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, TUNNEL_PORT, Verdict, dial},
-    discovery::model::{Endpoint, Route, SameNode, Service, Tunnel, Workload},
+    discovery::model::{Endpoint, Refusal, Route, SameNode, Service, Tunnel, Workload},
     policy::{self, Decision},
     sys::socket::tcp_statistics,
     telemetry::{CloseReason, ConnectionInfo, Direction, OpenConnection, Party, Security},
@@ -50,6 +51,9 @@ pub enum OutboundError {
     /// The service has no endpoint for this port.
     #[error("the service has no usable endpoint")]
     NoEndpoint,
+    /// The destination cannot be reached without bypassing what its owner asked for.
+    #[error("{0}: {1}")]
+    Refused(NamespacedName, Refusal),
     /// Plain TCP to the destination failed.
     #[error("cannot connect to {0}: {1}")]
     Dial(SocketAddr, #[source] io::Error),
@@ -75,6 +79,7 @@ impl OutboundError {
             Self::Destination(_)
             | Self::UnknownWorkload
             | Self::NoEndpoint
+            | Self::Refused(..)
             | Self::Abandoned
             | Self::Closed(_) => false,
         }
@@ -91,7 +96,7 @@ impl OutboundError {
         match self {
             Self::Destination(_) => CloseReason::BadRequest,
             Self::UnknownWorkload => CloseReason::UnknownWorkload,
-            Self::NoEndpoint => CloseReason::NoEndpoint,
+            Self::NoEndpoint | Self::Refused(..) => CloseReason::NoEndpoint,
             Self::Abandoned => CloseReason::ClientReset,
             Self::Closed(reason) => *reason,
             Self::Dial(..) | Self::TimedOut(_) => CloseReason::ConnectFailed,
@@ -270,6 +275,10 @@ impl<'a> Attempt<'a> {
                 self.service = Some(service);
                 Err(OutboundError::NoEndpoint)
             }
+            Route::Refused {
+                destination,
+                reason,
+            } => Err(OutboundError::Refused(destination, reason)),
             Route::Workload(endpoint) => {
                 self.single = true;
                 self.lesson = Lesson::SameNode;

@@ -539,7 +539,7 @@ async fn reevaluate(worker: Rc<Worker>) {
                 };
                 let decision =
                     policy::authorize(&worker.context.mesh.read(), &workload, &judged.connection);
-                if let Decision::Denied { policy } = decision {
+                if let Decision::Denied { policy, .. } = decision {
                     tracing::info!(peer = ?judged.connection.peer, ?policy, "connection is no longer allowed");
                     worker.shared.counters.revoked.add();
                     worker.registry.close_one(*id, CloseReason::Revoked);

@@ -15,3 +15,15 @@ pub fn monotonic_ns() -> u64 {
         now.tv_sec().cast_unsigned() * 1_000_000_000 + now.tv_nsec().cast_unsigned()
     })
 }
+
+/// Lets the runtime wait for a descriptor that `owner` owns.
+///
+/// # Errors
+/// When the descriptor cannot be watched (epoll refuses it).
+pub fn watch_fd<T: std::os::fd::AsFd + std::os::fd::AsRawFd>(
+    owner: T,
+) -> std::io::Result<tokio::io::unix::AsyncFd<T>> {
+    // SAFETY: `AsFd` on an owned value means that the descriptor is open for as long as the value lives, and the value
+    // moves into the result.
+    unsafe { tokio::io::unix::AsyncFd::register(owner) }.map_err(|error| error.into_parts().1)
+}

@@ -268,7 +268,7 @@ pub struct PolicyMetrics {
     denied: IntCounterVec,
     /// Connections that an audit policy would have denied, by policy (`<namespace>/<name>`).
     pub audit: BoundedCounters,
-    /// Connections closed because a policy changed.
+    /// Connections closed because a policy changed. Ending one with the reason `Revoked` counts it.
     pub revoked: IntCounter,
 }
 

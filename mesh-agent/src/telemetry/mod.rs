@@ -3,7 +3,15 @@
 //! What is counted per edge (source workload, destination workload, service) lives in [`edges`], as plain atomics that
 //! the byte path adds to; everything else is in the sections of [`metrics`].
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fmt::{self, Display},
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
 
 use mesh_api::{identity::Identity, local::Edge};
 use prometheus::{HistogramVec, Registry, TextEncoder};
@@ -254,6 +262,12 @@ impl Telemetry {
         })
     }
 
+    /// For collectors of other modules.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
     /// Counts an opened connection. The returned value counts bytes and must be finished.
     #[must_use]
     pub fn open(self: &Arc<Self>, info: ConnectionInfo) -> OpenConnection {
@@ -275,13 +289,14 @@ impl Telemetry {
     }
 
     /// Counts a connection that failed before it was established, and logs it.
-    pub fn failed(
-        &self,
-        _info: &ConnectionInfo,
-        _reason: CloseReason,
-        _error: &dyn std::fmt::Display,
-    ) {
-        todo!()
+    pub fn failed(&self, info: &ConnectionInfo, reason: CloseReason, error: &dyn Display) {
+        self.edges.with(info, Instant::now(), |edge| {
+            edge.failed(reason, info.destination.address)
+        });
+        if reason == CloseReason::Denied {
+            self.policy.denied(info.direction);
+        }
+        access::failed(info, reason, error);
     }
 
     /// Time from the application's `connect(2)` arriving here to the upstream being ready.
@@ -383,6 +398,9 @@ impl OpenConnection {
         let now = Instant::now();
         self.telemetry.edges.touch(&self.edge, now);
         self.edge.closed(reason);
+        if reason == CloseReason::Revoked {
+            self.telemetry.policy.revoked.inc();
+        }
         let (sent, received) = (self.sent.load(Relaxed), self.received.load(Relaxed));
         let took = now.saturating_duration_since(self.started);
         access::closed(

@@ -275,3 +275,27 @@ async fn only_https_addresses_are_accepted() {
         );
     }
 }
+
+#[tokio::test]
+async fn an_oversize_answer_is_refused() {
+    let lab = lab(Ok(vec!["a".repeat(ANSWER_MAX_BYTES), "root".to_owned()])).await;
+    let error = ask(&lab.config).await.expect_err("too large");
+    assert!(error.to_string().contains("too large"), "{error}");
+}
+
+/// Paused time jumps to the next timer as soon as nothing else can happen.
+#[tokio::test(start_paused = true)]
+async fn a_service_that_never_answers_is_given_up_in_time() {
+    let lab = lab(Ok(answer())).await;
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
+    let address = silent.local_addr().expect("bound").to_string();
+    let before = tokio::time::Instant::now();
+    let error = ask(&IdentityConfig {
+        ca_address: address,
+        ..lab.config.clone()
+    })
+    .await
+    .expect_err("silent");
+    assert!(error.is_outage(), "{error}");
+    assert!(before.elapsed() <= CALL_TIMEOUT, "{:?}", before.elapsed());
+}

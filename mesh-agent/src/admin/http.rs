@@ -1,0 +1,283 @@
+//! The HTTP servers: metrics, readiness, admin. One request per connection, small and in bounded time.
+
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Body, Incoming},
+    header::{ALLOW, CONTENT_TYPE, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    sync::Semaphore,
+};
+
+use super::{AdminAddresses, AdminState};
+
+/// Connections of one server at a time; a scraper needs one, some probes another. Others wait in the backlog.
+pub const CONNECTIONS_MAX: usize = 32;
+/// From accepting to the end of the request's head.
+pub const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// From accepting to the end of the answer: a scrape over a slow link must fit.
+pub const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest request head, bytes. hyper's own minimum.
+pub const HEAD_MAX_BYTES: usize = 8 * 1024;
+/// Most header lines.
+pub const HEADERS_MAX: usize = 64;
+/// Pause after a failed accept (out of descriptors): the failure does not go away by asking at once.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A server whose port could not be had.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot listen on {address} for {purpose}: {source}; is another agent running, or the port taken?"
+)]
+pub struct BindError {
+    purpose: &'static str,
+    address: SocketAddr,
+    source: io::Error,
+}
+
+/// Which pages a server has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Site {
+    Metrics,
+    Readiness,
+    Admin,
+}
+
+/// The three servers, bound and not yet serving.
+#[derive(Debug)]
+pub struct AdminServers {
+    sites: [(Site, TcpListener); 3],
+}
+
+impl AdminServers {
+    /// Binds all three ports, or none.
+    ///
+    /// # Errors
+    /// When a port is taken or the address is not this node's.
+    pub async fn bind(addresses: AdminAddresses) -> Result<Self, BindError> {
+        let bind = async |purpose, address| {
+            TcpListener::bind(address)
+                .await
+                .map_err(|source| BindError {
+                    purpose,
+                    address,
+                    source,
+                })
+        };
+        Ok(Self {
+            sites: [
+                (Site::Metrics, bind("metrics", addresses.metrics).await?),
+                (
+                    Site::Readiness,
+                    bind("readiness", addresses.readiness).await?,
+                ),
+                (Site::Admin, bind("admin", addresses.admin).await?),
+            ],
+        })
+    }
+
+    /// Where they listen: useful when port 0 was asked for.
+    ///
+    /// # Errors
+    /// Those of `getsockname(2)`.
+    pub fn addresses(&self) -> io::Result<AdminAddresses> {
+        let [metrics, readiness, admin] = &self.sites;
+        Ok(AdminAddresses {
+            metrics: metrics.1.local_addr()?,
+            readiness: readiness.1.local_addr()?,
+            admin: admin.1.local_addr()?,
+        })
+    }
+
+    /// Serves until the future is dropped.
+    pub async fn serve(self, state: Arc<dyn AdminState>) {
+        let [a, b, c] = self
+            .sites
+            .map(|(site, listener)| serve(site, listener, state.clone()));
+        tokio::join!(a, b, c);
+    }
+}
+
+async fn serve(site: Site, listener: TcpListener, state: Arc<dyn AdminState>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        // A slot first: what is not accepted waits in the kernel's bounded backlog.
+        let Ok(slot) = slots.clone().acquire_owned().await else {
+            return;
+        };
+        while connections.try_join_next().is_some() {}
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let state = state.clone();
+                connections.spawn(async move {
+                    connection(site, stream, state).await;
+                    drop(slot);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(?site, %error, "cannot accept");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn connection(
+    site: Site,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send,
+    state: Arc<dyn AdminState>,
+) {
+    let service = service_fn(|request| {
+        let answer = answer(site, &request, &*state);
+        async move { Ok::<_, Infallible>(answer) }
+    });
+    let serving = http1::Builder::new()
+        .keep_alive(false)
+        .max_buf_size(HEAD_MAX_BYTES)
+        .max_headers(HEADERS_MAX)
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), service);
+    match tokio::time::timeout(CONNECTION_TIMEOUT, serving).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(?site, %error, "request broke off"),
+        Err(_) => tracing::debug!(?site, "request took too long"),
+    }
+}
+
+type Answer = Response<Full<Bytes>>;
+
+fn answer(site: Site, request: &Request<Incoming>, state: &dyn AdminState) -> Answer {
+    if !request.body().is_end_stream() {
+        return text(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "no request here has a body\n",
+        );
+    }
+    let (path, query) = (
+        request.uri().path(),
+        request.uri().query().unwrap_or_default(),
+    );
+    let get = matches!(*request.method(), Method::GET | Method::HEAD);
+    match (site, path) {
+        (Site::Metrics, "/metrics" | "/stats/prometheus") if get => metrics(state),
+        (Site::Readiness, "/healthz/ready") if get => readiness(state),
+        (Site::Admin, "/healthz/live") if get => text(StatusCode::OK, "live\n"),
+        (Site::Admin, "/config_dump") if get => json(&state.config()),
+        (Site::Admin, "/dump") if get => json(&state.dump()),
+        (Site::Admin, "/logging") if *request.method() == Method::POST => set_filter(query, state),
+        // A query on GET is a change asked for with the wrong method: it must not look as if it had worked.
+        (Site::Admin, "/logging") if get && query.is_empty() => {
+            text(StatusCode::OK, &(state.log_filter() + "\n"))
+        }
+        (Site::Admin, "/logging") => not_allowed("GET without a query, POST"),
+        (Site::Metrics, "/metrics" | "/stats/prometheus")
+        | (Site::Readiness, "/healthz/ready")
+        | (Site::Admin, "/healthz/live" | "/config_dump" | "/dump") => not_allowed("GET"),
+        (Site::Metrics, _) => text(StatusCode::NOT_FOUND, "there is /metrics here\n"),
+        (Site::Readiness, _) => text(StatusCode::NOT_FOUND, "there is /healthz/ready here\n"),
+        (Site::Admin, _) => text(
+            StatusCode::NOT_FOUND,
+            "there are /config_dump, /dump, /logging, /healthz/live here\n",
+        ),
+    }
+}
+
+fn metrics(state: &dyn AdminState) -> Answer {
+    let mut answer = text(StatusCode::OK, &state.metrics());
+    let format = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    answer.headers_mut().insert(CONTENT_TYPE, format);
+    answer
+}
+
+fn readiness(state: &dyn AdminState) -> Answer {
+    let pending = state.pending();
+    if pending.is_empty() {
+        return text(StatusCode::OK, "ready\n");
+    }
+    text(
+        StatusCode::SERVICE_UNAVAILABLE,
+        &format!("waiting for: {}\n", pending.join(", ")),
+    )
+}
+
+/// `level=<filter>`. Filters hold `=` and `,`, which may stand unescaped in a query (RFC 3986 section 3.4).
+fn set_filter(query: &str, state: &dyn AdminState) -> Answer {
+    let Some(filter) = query
+        .strip_prefix("level=")
+        .filter(|filter| !filter.is_empty())
+    else {
+        return text(
+            StatusCode::BAD_REQUEST,
+            "say POST /logging?level=FILTER, for example level=info,access=off\n",
+        );
+    };
+    let Some(filter) = percent_decode(filter) else {
+        return text(
+            StatusCode::BAD_REQUEST,
+            "the filter is not well-formed percent-encoded UTF-8\n",
+        );
+    };
+    match state.set_log_filter(&filter) {
+        Ok(()) => text(StatusCode::OK, &(state.log_filter() + "\n")),
+        Err(message) => text(StatusCode::BAD_REQUEST, &(message + "\n")),
+    }
+}
+
+/// RFC 3986 section 2.1.
+fn percent_decode(text: &str) -> Option<String> {
+    let mut bytes = text.bytes();
+    let mut decoded = Vec::with_capacity(text.len());
+    while let Some(byte) = bytes.next() {
+        if byte != b'%' {
+            decoded.push(byte);
+            continue;
+        }
+        let (high, low) = (
+            char::from(bytes.next()?).to_digit(16)?,
+            char::from(bytes.next()?).to_digit(16)?,
+        );
+        decoded.push(u8::try_from(high * 16 + low).ok()?);
+    }
+    String::from_utf8(decoded).ok()
+}
+
+fn json(value: &serde_json::Value) -> Answer {
+    let mut answer = text(StatusCode::OK, &format!("{value:#}\n"));
+    answer
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer
+}
+
+fn not_allowed(methods: &'static str) -> Answer {
+    let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, &format!("only {methods}\n"));
+    let allow = if methods == "GET" { "GET" } else { "GET, POST" };
+    answer
+        .headers_mut()
+        .insert(ALLOW, HeaderValue::from_static(allow));
+    answer
+}
+
+fn text(status: StatusCode, body: &str) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::copy_from_slice(body.as_bytes())));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(
+        CONTENT_TYPE,
+        HeaderValue::from_static("text/plain; charset=utf-8"),
+    );
+    answer
+}
+
+#[cfg(test)]
+mod tests;

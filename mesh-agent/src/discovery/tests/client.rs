@@ -1,0 +1,329 @@
+//! The thin part: a real TLS stream to a scripted control plane on loopback.
+
+use std::path::PathBuf;
+
+use mesh_api::proto::{
+    discovery::{
+        DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource,
+        aggregated_discovery_service_server::{
+            AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
+        },
+    },
+    workload as wire,
+};
+use prost::Message as _;
+use prost_types::Any;
+use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Request, Response, Status, Streaming,
+    transport::{Identity as TlsIdentity, Server, ServerTlsConfig},
+};
+
+use super::*;
+use crate::discovery::{
+    DiscoveryClient, DiscoveryConfig, DiscoveryError, DiscoveryStatus, Mesh, Phase,
+    subscription::Kind,
+};
+
+/// One stream that an agent opened, from the server's side.
+struct Session {
+    authorization: String,
+    requests: Streaming<DeltaDiscoveryRequest>,
+    responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+}
+
+impl Session {
+    async fn request(&mut self) -> DeltaDiscoveryRequest {
+        self.requests
+            .message()
+            .await
+            .expect("no error")
+            .expect("a request")
+    }
+
+    async fn send(&mut self, kind: Kind, resources: Vec<Resource>) -> DeltaDiscoveryRequest {
+        let type_url = kind.type_url().to_owned();
+        let response = DeltaDiscoveryResponse {
+            type_url,
+            resources,
+            nonce: "n".to_owned(),
+            ..Default::default()
+        };
+        self.responses
+            .send(Ok(response))
+            .await
+            .expect("the agent listens");
+        self.request().await
+    }
+}
+
+struct Scripted(mpsc::Sender<Session>);
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Scripted {
+    type DeltaAggregatedResourcesStream = ReceiverStream<Result<DeltaDiscoveryResponse, Status>>;
+
+    async fn delta_aggregated_resources(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+        let header = request
+            .metadata()
+            .get("authorization")
+            .and_then(|value| value.to_str().ok());
+        let authorization = header.unwrap_or_default().to_owned();
+        let (responses, stream) = mpsc::channel(4);
+        let session = Session {
+            authorization,
+            requests: request.into_inner(),
+            responses,
+        };
+        self.0
+            .send(session)
+            .await
+            .map_err(|_| Status::unavailable("test over"))?;
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+struct Lab {
+    directory: tempfile::TempDir,
+    address: String,
+    sessions: mpsc::Receiver<Session>,
+    server: JoinHandle<()>,
+}
+
+impl Lab {
+    async fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let certified = rcgen::generate_simple_self_signed(vec!["control.test".to_owned()])
+            .expect("a certificate");
+        let (certificate, key) = (certified.cert.pem(), certified.signing_key.serialize_pem());
+        std::fs::write(directory.path().join("roots.pem"), &certificate).expect("writable");
+        std::fs::write(directory.path().join("token"), "first\n").expect("writable");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound").to_string();
+        let (sender, sessions) = mpsc::channel(4);
+        let tls = ServerTlsConfig::new().identity(TlsIdentity::from_pem(certificate, key));
+        let server = Server::builder()
+            .tls_config(tls)
+            .expect("good TLS settings")
+            .add_service(AggregatedDiscoveryServiceServer::new(Scripted(sender)))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        let server = tokio::spawn(async move { server.await.expect("served") });
+        Self {
+            directory,
+            address,
+            sessions,
+            server,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn config(&self) -> DiscoveryConfig {
+        DiscoveryConfig {
+            address: self.address.clone(),
+            roots_file: self.path("roots.pem"),
+            server_name: Some("control.test".to_owned()),
+            token_file: Some(self.path("token")),
+            node: "n1".to_owned(),
+            cluster: "c1".to_owned(),
+            network: String::new(),
+            snapshot_file: Some(self.path("snapshot")),
+        }
+    }
+
+    /// Starts an agent, or the successor of one.
+    fn agent(&self) -> Agent {
+        let (writer, mesh) = Mesh::channel("");
+        let (client, status) =
+            DiscoveryClient::new(self.config(), writer, 1).expect("a good configuration");
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(client.run(shutdown.clone()));
+        Agent {
+            mesh,
+            status,
+            shutdown,
+            task,
+        }
+    }
+
+    async fn session(&mut self) -> Session {
+        self.sessions.recv().await.expect("the agent connects")
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+struct Agent {
+    mesh: Mesh,
+    status: tokio::sync::watch::Receiver<DiscoveryStatus>,
+    shutdown: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Agent {
+    async fn until(&mut self, what: impl Fn(&DiscoveryStatus) -> bool) -> DiscoveryStatus {
+        self.status
+            .wait_for(|status| what(status))
+            .await
+            .expect("the agent runs")
+            .clone()
+    }
+
+    fn knows(&self, address: &str) -> bool {
+        self.mesh
+            .read()
+            .workload_by_address(address.parse().expect("an address"))
+            .is_some()
+    }
+
+    async fn stop(self) {
+        self.shutdown.cancel();
+        self.task.await.expect("no panic");
+    }
+}
+
+fn workload(name: &str, address: &str) -> Resource {
+    let pod = pod(name, address);
+    let uid = pod.uid.clone();
+    let value = wire::Address {
+        r#type: Some(wire::address::Type::Workload(pod)),
+    }
+    .encode_to_vec();
+    Resource {
+        name: uid,
+        version: "1".to_owned(),
+        resource: Some(Any {
+            type_url: String::new(),
+            value,
+        }),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn an_agent_becomes_ready_survives_the_stream_and_restarts_from_its_snapshot() {
+    let mut lab = Lab::new().await;
+    let mut agent = lab.agent();
+    assert_eq!(
+        agent.until(|_| true).await,
+        DiscoveryStatus::default(),
+        "nothing is known at first"
+    );
+
+    let mut session = lab.session().await;
+    assert_eq!(session.authorization, "Bearer first");
+    let first = session.request().await;
+    let node = first.node.expect("the node introduces itself");
+    assert!(node.id.starts_with("ztunnel~") && node.id.contains("n1") && node.cluster == "c1");
+    session.request().await;
+    let mut bad = workload("bad", "10.0.0.2");
+    bad.version = "2".to_owned();
+    bad.name = "c1//Pod/shop/other".to_owned();
+    let nack = session
+        .send(Kind::Address, vec![workload("a", "10.0.0.1"), bad])
+        .await;
+    assert!(nack.error_detail.is_some());
+    assert!(agent.knows("10.0.0.1") && !agent.knows("10.0.0.2"));
+    assert!(
+        !agent.until(|status| status.nacks == 1).await.ready,
+        "policies are still unknown"
+    );
+    assert!(
+        session
+            .send(Kind::Authorization, vec![])
+            .await
+            .error_detail
+            .is_none()
+    );
+    let status = agent.until(|status| status.ready).await;
+    assert_eq!(
+        (status.phase, status.counts.workloads, status.refused),
+        (Phase::Connected, 1, 1)
+    );
+
+    std::fs::write(lab.path("token"), "second").expect("writable");
+    drop(session);
+    let mut session = lab.session().await;
+    assert_eq!(
+        session.authorization, "Bearer second",
+        "the token is read again"
+    );
+    assert_eq!(
+        session.request().await.initial_resource_versions["c1//Pod/shop/a"],
+        "1"
+    );
+    let status = agent.until(|status| status.phase == Phase::Snapshot).await;
+    assert!(
+        status.ready && status.last_error.is_some() && agent.knows("10.0.0.1"),
+        "it serves what it knew"
+    );
+    agent.stop().await;
+    lab.server.abort();
+
+    let mut restarted = lab.agent();
+    let status = restarted.until(|status| status.ready).await;
+    assert_eq!(
+        (status.phase, status.counts.workloads),
+        (Phase::Snapshot, 1)
+    );
+    assert!(restarted.knows("10.0.0.1"));
+    restarted.stop().await;
+}
+
+#[tokio::test]
+async fn an_untrusted_control_plane_is_not_believed() {
+    let mut lab = Lab::new().await;
+    let foreign =
+        rcgen::generate_simple_self_signed(vec!["control.test".to_owned()]).expect("a certificate");
+    std::fs::write(lab.path("roots.pem"), foreign.cert.pem()).expect("writable");
+    let mut agent = lab.agent();
+    let status = agent.until(|status| status.last_error.is_some()).await;
+    let error = status.last_error.unwrap_or_default();
+    assert!(
+        error.starts_with("cannot connect to the control plane: ") && error.contains("certificate"),
+        "{error}"
+    );
+    assert!(!status.ready && lab.sessions.try_recv().is_err());
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn missing_files_are_named_and_a_broken_snapshot_is_ignored() {
+    let lab = Lab::new().await;
+    std::fs::write(lab.path("snapshot"), "noise").expect("writable");
+    std::fs::remove_file(lab.path("token")).expect("there");
+    let mut agent = lab.agent();
+    let status = agent.until(|status| status.last_error.is_some()).await;
+    let error = status.last_error.unwrap_or_default();
+    assert!(error.starts_with("cannot read the token "), "{error}");
+    assert_eq!((status.phase, status.ready), (Phase::Waiting, false));
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn plain_http_and_unusable_addresses_are_refused_at_once() {
+    let lab = Lab::new().await;
+    for address in ["http://127.0.0.1:1", "unix:///x", "", "https://", "a b"] {
+        let config = DiscoveryConfig {
+            address: address.to_owned(),
+            ..lab.config()
+        };
+        let (writer, _mesh) = Mesh::channel("");
+        let refused = DiscoveryClient::new(config, writer, 1);
+        assert!(
+            matches!(refused, Err(DiscoveryError::Address { .. })),
+            "{address:?}"
+        );
+    }
+}

@@ -1,0 +1,239 @@
+//! Answers to the local socket and to admin.
+
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+
+use mesh_api::local::{Request, Response, Status, WorkloadStatus};
+use serde_json::{Value, json};
+
+use super::agent::Agent;
+use crate::{
+    admin::{AdminState, LocalHandler},
+    capture::Enrolled,
+    discovery::{
+        DiscoveryStatus, Phase,
+        model::{FailureMode, SameNode},
+    },
+    identity::CertificateStatus,
+    telemetry::logging::LogControl,
+};
+
+impl LocalHandler for Agent {
+    async fn handle(&self, request: Request) -> Response {
+        match request {
+            Request::Enroll(enrolment) => match self.enrol(&enrolment).await {
+                Ok(enrolled) => Response::Done {
+                    message: format!(
+                        "{}/{} is enrolled: {} captured",
+                        enrolment.namespace,
+                        enrolment.name,
+                        join(&enrolled.record.addresses)
+                    ),
+                },
+                Err(message) => Response::Error { message },
+            },
+            Request::Unenroll { namespace, name } => match self.unenrol(&namespace, &name).await {
+                Ok(()) => Response::Done { message: format!("{namespace}/{name} is no longer captured") },
+                Err(message) => Response::Error { message },
+            },
+            Request::Status => Response::Status(Box::new(self.status())),
+            Request::Dump => Response::Dump { state: self.dump() },
+            Request::Top => Response::Top { edges: self.telemetry.edges() },
+        }
+    }
+}
+
+/// What the HTTP servers show.
+pub(super) struct AdminView {
+    pub agent: Arc<Agent>,
+    pub logs: LogControl,
+}
+
+impl AdminState for AdminView {
+    fn pending(&self) -> Vec<String> {
+        self.agent.pending()
+    }
+
+    fn metrics(&self) -> String {
+        self.agent.metrics()
+    }
+
+    fn config(&self) -> Value {
+        json!(self.agent.config)
+    }
+
+    fn dump(&self) -> Value {
+        self.agent.dump()
+    }
+
+    fn log_filter(&self) -> String {
+        self.logs.filter().unwrap_or_else(|error| error.to_string())
+    }
+
+    fn set_log_filter(&self, filter: &str) -> Result<(), String> {
+        self.logs.set_filter(filter).map_err(|error| error.to_string())
+    }
+}
+
+impl Agent {
+    /// What readiness waits for; empty when ready.
+    pub(super) fn pending(&self) -> Vec<String> {
+        let mut pending = Vec::new();
+        let discovery = self.discovery.borrow();
+        if !discovery.ready {
+            let reason = discovery.last_error.clone().unwrap_or_else(|| "no answer yet".to_owned());
+            pending.push(format!("discovery: {reason}"));
+        }
+        drop(discovery);
+        for ((namespace, name), missing) in self.missing().iter() {
+            pending.push(format!("capture of {namespace}/{name}: {}", missing.reason));
+        }
+        self.telemetry.agent.ready.set(i64::from(pending.is_empty()));
+        pending.sort();
+        pending
+    }
+
+    /// Metrics in the Prometheus text format, those that are read on demand brought up to date.
+    fn metrics(&self) -> String {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.telemetry.agent.heartbeat.set(i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
+        let discovery = self.discovery.borrow().clone();
+        self.observe_discovery(&discovery);
+        let _ = self.pending();
+        self.telemetry.render()
+    }
+
+    /// Discovery counts by itself; its totals become the metrics' totals.
+    fn observe_discovery(&self, status: &DiscoveryStatus) {
+        let xds = &self.telemetry.xds;
+        xds.connected.set(i64::from(status.phase == Phase::Connected));
+        xds.messages.inc_by(status.responses.saturating_sub(xds.messages.get()));
+        xds.nacks.inc_by(status.nacks.saturating_sub(xds.nacks.get()));
+        xds.set_resources("workload", status.counts.workloads);
+        xds.set_resources("service", status.counts.services);
+        xds.set_resources("policy", status.counts.policies);
+    }
+
+    /// The node for `weft status`.
+    fn status(&self) -> Status {
+        let certificates: BTreeMap<String, CertificateStatus> =
+            self.certificates.status().into_iter().map(|c| (c.identity.to_string(), c)).collect();
+        let mut workloads: Vec<WorkloadStatus> =
+            self.capture.enrolled().iter().map(|enrolled| self.workload_status(enrolled, &certificates)).collect();
+        workloads.extend(self.missing_status());
+        workloads.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        Status {
+            node: self.config.node.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            discovery: self.discovery.borrow().phase.as_str().to_owned(),
+            workloads,
+            pending: self.pending(),
+        }
+    }
+
+    fn workload_status(&self, enrolled: &Enrolled, certificates: &BTreeMap<String, CertificateStatus>) -> WorkloadStatus {
+        let local = &enrolled.local;
+        let known = local.workload.load_full();
+        let settings = self.settings(&local.namespace, &local.name);
+        let certificate = known.as_ref().and_then(|workload| certificates.get(&workload.identity.to_string()));
+        let capture = match (self.capture.is_captured(enrolled), &known) {
+            (false, _) => "kernel entries are missing; un-enrol and enrol again".to_owned(),
+            (true, None) => "captured, but unknown to the control plane: connections are refused".to_owned(),
+            (true, Some(_)) => "ok".to_owned(),
+        };
+        WorkloadStatus {
+            namespace: local.namespace.to_string(),
+            name: local.name.to_string(),
+            uid: known.as_ref().map(|workload| workload.uid.clone()),
+            identity: known.as_ref().map(|workload| workload.identity.clone()),
+            addresses: local.addresses.clone(),
+            netns: enrolled.record.enrolment.netns.clone(),
+            netns_cookie: enrolled.record.cookie,
+            capture,
+            failure_mode: failure_mode(settings.failure_mode).to_owned(),
+            same_node: self.same_node_word(enrolled, settings.same_node).to_owned(),
+            connections: local.connections.load(std::sync::atomic::Ordering::Relaxed),
+            certificate_not_after: certificate.and_then(|c| c.not_after),
+            certificate: certificate.map_or_else(|| "missing".to_owned(), describe),
+        }
+    }
+
+    /// Without a cgroup of its own a workload cannot use the kernel path, whatever policy says.
+    fn same_node_word(&self, enrolled: &Enrolled, setting: SameNode) -> &'static str {
+        match (setting, &enrolled.record.enrolment.cgroup) {
+            (SameNode::Kernel, Some(_)) => "kernel",
+            _ => "tunnel",
+        }
+    }
+
+    fn missing_status(&self) -> Vec<WorkloadStatus> {
+        let describe = |missing: &super::enrolment::Missing| WorkloadStatus {
+            namespace: missing.enrolment.namespace.clone(),
+            name: missing.enrolment.name.clone(),
+            uid: None,
+            identity: None,
+            addresses: missing.record.as_ref().map(|record| record.addresses.clone()).unwrap_or_default(),
+            netns: missing.enrolment.netns.clone(),
+            netns_cookie: missing.record.as_ref().map_or(0, |record| record.cookie),
+            capture: format!("not captured: {}", missing.reason),
+            failure_mode: failure_mode(FailureMode::Closed).to_owned(),
+            same_node: "tunnel".to_owned(),
+            connections: 0,
+            certificate_not_after: None,
+            certificate: "missing".to_owned(),
+        };
+        self.missing().values().map(describe).collect()
+    }
+
+    /// Everything the agent believes.
+    fn dump(&self) -> Value {
+        json!({
+            "config": self.config,
+            "status": self.status(),
+            "discovery": self.discovery_summary(),
+            "mesh": self.mesh.read().dump(),
+            "certificates": self.certificates.status(),
+            "workers": self.workers.loads(),
+            "sameNodeFlows": self.capture.same_node_flows().iter().map(|flow| json!({
+                "source": format!("{}/{}", flow.source.local.namespace, flow.source.local.name),
+                "destination": format!("{}/{}", flow.destination.local.namespace, flow.destination.local.name),
+                "sourceAddress": flow.source_address.to_string(),
+                "destinationAddress": flow.destination_address.to_string(),
+            })).collect::<Vec<_>>(),
+        })
+    }
+
+    fn discovery_summary(&self) -> Value {
+        let status = self.discovery.borrow();
+        json!({
+            "phase": status.phase.as_str(),
+            "ready": status.ready,
+            "lastError": status.last_error,
+            "refused": status.refused,
+            "lastRefusal": status.last_refusal,
+            "streams": status.streams,
+            "responses": status.responses,
+            "nacks": status.nacks,
+            "snapshotFailures": status.snapshot_failures,
+        })
+    }
+}
+
+fn failure_mode(mode: FailureMode) -> &'static str {
+    match mode {
+        FailureMode::Closed => "closed",
+        FailureMode::Open => "open",
+    }
+}
+
+fn describe(certificate: &CertificateStatus) -> String {
+    match &certificate.last_error {
+        Some(error) => format!("{}: {error}", certificate.state),
+        None => certificate.state.to_string(),
+    }
+}
+
+fn join(addresses: &[std::net::IpAddr]) -> String {
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}

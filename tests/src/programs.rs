@@ -1,13 +1,30 @@
 //! Where the programs are: Weft's own, built by cargo, and those of the distribution.
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
 use anyhow::{Context as _, Result, bail};
 
 /// Names the folder with Weft's programs when it is not the one of the running executable.
 pub const DIRECTORY_VARIABLE: &str = "WEFT_BIN_DIR";
 
-/// Path of one of Weft's own programs: in `$WEFT_BIN_DIR` if set, else near the running executable (a test lives in
+static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+
+/// Sets the folder of Weft's own programs for this process, once.
+///
+/// # Errors
+/// It has been set to another folder.
+pub fn use_directory(directory: &Path) -> Result<()> {
+    if DIRECTORY.get_or_init(|| directory.to_owned()) != directory {
+        bail!("the programs' folder has been set already");
+    }
+    Ok(())
+}
+
+/// Path of one of Weft's own programs: in the folder set by [`use_directory`] or `$WEFT_BIN_DIR`, else near the running executable (a test lives in
 /// `target/PROFILE/deps`, the programs in `target/PROFILE`).
 ///
 /// # Errors

@@ -5,6 +5,7 @@
 mod bench;
 mod build;
 mod check;
+mod demo;
 mod setup;
 mod shell;
 mod test;
@@ -29,6 +30,7 @@ enum Command {
     Setup(setup::Options),
     Build(build::Options),
     Check(check::Options),
+    Demo(demo::Options),
     Test(test::Options),
     Bench(bench::Options),
 }
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Command::Setup(options) => setup::run(&options),
         Command::Build(options) => build::run(&options),
         Command::Check(options) => check::run(&options),
+        Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
     };

@@ -3,6 +3,7 @@
 use std::{
     env,
     ffi::OsString,
+    io,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Instant,
@@ -36,12 +37,14 @@ pub fn say(text: &str) {
     eprintln!("==> {text}");
 }
 
-/// Runs a command whose output the user sees; an error if it fails.
+/// Runs a command whose output the user sees, on standard error so that standard output stays for results; an error
+/// if it fails.
 pub fn run(command: &mut Command) -> Result<()> {
     let line = line_of(command);
     say(&line);
     let began = Instant::now();
     let status = command
+        .stdout(io::stderr())
         .status()
         .with_context(|| format!("cannot run {line}"))?;
     if !status.success() {

@@ -9,7 +9,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_agent::{
-    capture::{Capture, DialOptions, Enrolled, Listeners, kernel::{Kernel, KernelConfig}},
+    capture::{
+        Capture, DialOptions, Enrolled, Listeners,
+        kernel::{Kernel, KernelConfig},
+    },
     discovery::model::{CaptureSettings, FailureMode},
     sys::netns,
 };

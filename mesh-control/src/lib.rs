@@ -1,1 +1,272 @@
-//! placeholder
+//! The control plane: from Kubernetes-shaped objects to what agents need to know, and certificates for what they run.
+//!
+//! ```text
+//!  files ──► manifest::parse ──► Hub(Index) ──► xds (delta ADS) ──┐
+//!  (kube comes beside it)             │                           ├─► one TLS listener ◄── agents
+//!                                     └──────► ca (signing) ──────┘
+//! ```
+//!
+//! [`ControlPlane::start`] runs all of it inside a process: `mesh-control` and `mesh-agent run --standalone` use the same
+//! code. This crate must not know how agents capture or proxy; what it says to them is `mesh_api::proto`.
+
+#![forbid(unsafe_code)]
+
+pub mod ca;
+pub mod config;
+pub mod credentials;
+pub mod files;
+pub mod hub;
+pub mod index;
+mod server;
+mod telemetry;
+pub mod xds;
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use prometheus::Registry;
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Server;
+use tracing::{error, info};
+use zeroize::Zeroizing;
+
+use ca::{Authority, CaFilesError, CaService};
+use config::{ConfigError, ControlConfig};
+use credentials::{NodeCredentials, TokenFileError};
+use files::{FilesSource, SourceError};
+use hub::Hub;
+use index::ResourceType;
+pub use server::ServerError;
+use server::Serving;
+use telemetry::Metrics;
+use xds::Discovery;
+
+/// How long streams may take to end after a stop before they are cut.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+/// HTTP/2 keepalive towards agents: a vanished agent is noticed within their sum.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Most concurrent streams of one connection: an agent needs one for discovery and a few for certificates.
+const CONNECTION_STREAMS_MAX: u32 = 128;
+
+/// Why the control plane did not start. Nothing is left running.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A setting cannot work.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The folder of manifests cannot be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The authority's files cannot be used.
+    #[error(transparent)]
+    Ca(#[from] CaFilesError),
+    /// The node credentials cannot be used.
+    #[error(transparent)]
+    Tokens(#[from] TokenFileError),
+    /// TLS could not be set up.
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The registry already holds the control plane's metrics.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// Starts control planes.
+#[derive(Debug)]
+pub struct ControlPlane;
+
+/// A running control plane. Dropping it stops it without waiting; [`ControlHandle::shutdown`] waits.
+#[derive(Debug)]
+pub struct ControlHandle {
+    address: SocketAddr,
+    metrics_address: Option<SocketAddr>,
+    roots_pem: String,
+    credentials: Arc<NodeCredentials>,
+    hub: Hub,
+    stop: watch::Sender<bool>,
+    tasks: JoinSet<()>,
+}
+
+impl ControlPlane {
+    /// Reads the source, listens and serves. Metrics go into `registry`, which `server.metrics` shows if configured.
+    ///
+    /// # Errors
+    /// See [`StartError`]. Malformed manifests are logged, not errors.
+    pub async fn start(
+        config: ControlConfig,
+        registry: Registry,
+    ) -> Result<ControlHandle, StartError> {
+        config.validate()?;
+        let metrics = Metrics::new(&registry)?;
+        let credentials = Arc::new(NodeCredentials::open(config.nodes.tokens.clone())?);
+        let authority = Arc::new(open_authority(&config, SystemTime::now())?);
+        let hub = Hub::new(config.mesh.clone());
+        let watch = files::watch_folder(&config.source.folder);
+        let (source, changes) = FilesSource::open(&config.source.folder)?;
+        hub.apply(changes);
+
+        let (listener, address) = listen(config.server.listen).await?;
+        let names = server::serving_names(&config.server.tls_names, address.ip());
+        let serving = Serving::new(authority.clone(), names, SystemTime::now());
+        let serving = Arc::new(serving?);
+        let tls = server::tls_config(serving.clone())?;
+        let (stop, on_stop) = watch::channel(false);
+        let mut tasks = JoinSet::new();
+        let mut metrics_address = None;
+        if let Some(address) = config.server.metrics {
+            let (listener, bound) = listen(address).await?;
+            metrics_address = Some(bound);
+            tasks.spawn(telemetry::serve(listener, registry, on_stop.clone()));
+        }
+        tasks.spawn(source.run(watch, hub.clone(), metrics.clone(), on_stop.clone()));
+        tasks.spawn(serving.renew(on_stop.clone()));
+        let discovery = Discovery {
+            hub: hub.clone(),
+            credentials: credentials.clone(),
+            metrics: metrics.clone(),
+            stop: on_stop.clone(),
+            streams: Arc::new(Semaphore::new(xds::STREAMS_MAX)),
+        };
+        let ca = CaService {
+            authority: authority.clone(),
+            credentials: credentials.clone(),
+            hub: hub.clone(),
+            metrics: metrics.clone(),
+        };
+        let incoming = server::accept(listener, tls, metrics, on_stop.clone());
+        tasks.spawn(serve(discovery, ca, ReceiverStream::new(incoming), on_stop));
+        info!(%address, "listening on {address}");
+        Ok(ControlHandle {
+            address,
+            metrics_address,
+            roots_pem: authority.roots_pem().into(),
+            credentials,
+            hub,
+            stop,
+            tasks,
+        })
+    }
+}
+
+fn open_authority(config: &ControlConfig, now: SystemTime) -> Result<Authority, CaFilesError> {
+    let (domain, lifetime) = (&config.mesh.trust_domain, config.ca.leaf_max_lifetime);
+    match &config.ca.folder {
+        Some(folder) => Authority::open(folder, domain, lifetime, now),
+        None => Authority::ephemeral(domain, lifetime, now),
+    }
+}
+
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |source| StartError::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+async fn serve(
+    discovery: Discovery,
+    ca: CaService,
+    incoming: ReceiverStream<io::Result<tokio_rustls::server::TlsStream<tokio::net::TcpStream>>>,
+    stop: watch::Receiver<bool>,
+) {
+    let mut graceful = stop.clone();
+    let mut cut = stop;
+    let serving = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(CONNECTION_STREAMS_MAX)
+        .add_service(xds::service(discovery))
+        .add_service(ca::grpc_service(ca))
+        .serve_with_incoming_shutdown(incoming, async move {
+            stopped(&mut graceful).await;
+        });
+    let deadline = async move {
+        stopped(&mut cut).await;
+        tokio::time::sleep(STOP_GRACE).await;
+    };
+    tokio::select! {
+        served = serving => {
+            if let Err(error) = served {
+                error!(%error, "the listener failed");
+            }
+        }
+        () = deadline => info!("some streams did not end in time and were cut"),
+    }
+}
+
+/// Returns when `stop` turns true, or when the handle is gone, which also is a stop.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+fn publish_objects(hub: &Hub, metrics: &Metrics) {
+    for (kind, count) in hub.objects() {
+        metrics
+            .objects
+            .with_label_values(&[kind.name()])
+            .set(count as i64);
+    }
+    let index = hub.read();
+    for kind in ResourceType::ALL {
+        metrics
+            .resources
+            .with_label_values(&[xds::label(kind)])
+            .set(index.store().len(kind) as i64);
+    }
+}
+
+impl ControlHandle {
+    /// Where agents connect to, with the port that was bound.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where metrics are served, if they are.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics_address
+    }
+
+    /// The roots that clients must trust, PEM.
+    #[must_use]
+    pub fn roots_pem(&self) -> &str {
+        &self.roots_pem
+    }
+
+    /// A token for `node`, valid as long as this control plane runs.
+    #[must_use]
+    pub fn node_token(&self, node: &str) -> Zeroizing<String> {
+        self.credentials.issue(node)
+    }
+
+    /// The index, to look at or to feed from another source.
+    #[must_use]
+    pub fn hub(&self) -> &Hub {
+        &self.hub
+    }
+
+    /// Ends streams, stops listening and waits for both, at most a few seconds.
+    pub async fn shutdown(mut self) {
+        self.stop.send_replace(true);
+        while self.tasks.join_next().await.is_some() {}
+    }
+}

@@ -1,2 +1,259 @@
-//! placeholder
-fn main() {}
+//! `mesh-control`: the control plane of Weft as a process of its own.
+//!
+//! ```text
+//! mesh-control run --source DIR --listen ADDR --ca-dir DIR --node-tokens FILE [--tls-name NAME]...
+//!                  [--metrics-addr ADDR] [--trust-domain NAME] [--cluster-id NAME] [--cluster-domain NAME]
+//!                  [--root-namespace NAME] [--network NAME] [--leaf-max-lifetime SECONDS]
+//!                  [--log FILTER] [--log-format text|json]
+//! mesh-control validate DIR
+//! ```
+//!
+//! Every flag is also read from an environment variable: `WEFT_CONTROL_` and the flag's name in capitals, dashes as
+//! underscores (`WEFT_CONTROL_NODE_TOKENS`).
+//!
+//! # Files
+//! - `--source DIR`: manifests, `*.yaml`, `*.yml` and `*.json` directly in the folder; hidden files and other names are
+//!   ignored. The folder is watched. `docs/manifests.md` describes the kinds. `validate DIR` prints every problem
+//!   of such a folder, one a line, and exits with 1 if there is any (2: the folder cannot be read).
+//! - `--ca-dir DIR`: the certificate authority. Made at the first start (folder mode 0700) when `DIR` holds neither file:
+//!   - `ca-key.pem`: its private key, PKCS#8, mode 0600. The only key that a control plane keeps on disk.
+//!   - `ca-cert.pem`: its certificate. To use an authority of your own, put both files there before the first start.
+//!   - `roots.pem` (optional, yours): further roots that are trusted, for the overlap while roots change. Required
+//!     when `ca-cert.pem` is an intermediate.
+//!   - `root-cert.pem`: written at every start: all trusted roots. **Give this file to the agents**; it holds no secret.
+//! - `--node-tokens FILE`: credentials of nodes. One per line: `<token> <node name>`, separated by blanks; `#` begins a
+//!   comment line. A token is 16 to 512 printable ASCII characters without blanks; `openssl rand -hex 32` makes a good one.
+//!   The node name is what manifests say in `spec.nodeName` (Pods) or `spec.node` (ExternalWorkloads). Two lines may
+//!   give one node two tokens, to change them without a gap. The file must not be accessible to others (mode 0600 or
+//!   0640) and is read again when it changes; a token that is gone ends its streams within seconds.
+//!   An agent sends its token as `authorization: Bearer <token>`; its own token file holds the token alone.
+//!
+//! # Addresses
+//! - `--listen`: discovery (delta ADS) and certificates, gRPC over TLS 1.3. The serving certificate is issued from the own
+//!   authority for `localhost`, `127.0.0.1`, `::1`, the listening address and every `--tls-name` (a DNS name or an IP
+//!   address), and renewed before it expires.
+//! - `--metrics-addr` (optional): plain HTTP, `/metrics` (Prometheus text) and `/healthz`.
+//!
+//! On SIGINT or SIGTERM it ends its streams and exits with 0. It prints `listening on ADDR` to the log once it serves.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use mesh_control::{
+    ControlPlane,
+    config::{
+        CaConfig, ControlConfig, DEFAULT_LEAF_MAX_LIFETIME, MeshConfig, NodesConfig, ServerConfig,
+        SourceConfig,
+    },
+    files::FilesSource,
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+
+/// The control plane of Weft: tells agents what exists and what is allowed, and signs certificates.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-control", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve agents until SIGINT or SIGTERM.
+    Run(Box<RunArgs>),
+    /// Print every problem of a folder of manifests; exit with 1 if there is any.
+    Validate {
+        /// The folder.
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// Folder of manifests (*.yaml, *.yml, *.json); watched.
+    #[arg(long, value_name = "DIR", env = "WEFT_CONTROL_SOURCE")]
+    source: PathBuf,
+    /// Address for agents: discovery and certificates over TLS.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        env = "WEFT_CONTROL_LISTEN",
+        default_value = "127.0.0.1:15012"
+    )]
+    listen: SocketAddr,
+    /// Folder of the certificate authority; made at the first start.
+    #[arg(long, value_name = "DIR", env = "WEFT_CONTROL_CA_DIR")]
+    ca_dir: PathBuf,
+    /// File of node credentials: lines `<token> <node name>`, mode 0600.
+    #[arg(long, value_name = "FILE", env = "WEFT_CONTROL_NODE_TOKENS")]
+    node_tokens: PathBuf,
+    /// DNS name or IP address that agents dial, beside localhost and the listening address. Repeatable.
+    #[arg(
+        long = "tls-name",
+        value_name = "NAME",
+        env = "WEFT_CONTROL_TLS_NAME",
+        value_delimiter = ','
+    )]
+    tls_names: Vec<String>,
+    /// Address for /metrics and /healthz, plain HTTP. Off by default.
+    #[arg(long, value_name = "ADDR", env = "WEFT_CONTROL_METRICS_ADDR")]
+    metrics_addr: Option<SocketAddr>,
+    #[command(flatten)]
+    mesh: MeshArgs,
+    /// Longest lifetime of a workload certificate, in seconds.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "WEFT_CONTROL_LEAF_MAX_LIFETIME",
+        default_value_t = DEFAULT_LEAF_MAX_LIFETIME.as_secs()
+    )]
+    leaf_max_lifetime: u64,
+    /// What to log: a level, or a filter such as `info,mesh_control::xds=debug`.
+    #[arg(
+        long,
+        value_name = "FILTER",
+        env = "WEFT_CONTROL_LOG",
+        default_value = "info"
+    )]
+    log: String,
+    /// Form of the log.
+    #[arg(long, env = "WEFT_CONTROL_LOG_FORMAT", default_value = "text")]
+    log_format: LogFormat,
+}
+
+#[derive(Debug, Args)]
+struct MeshArgs {
+    /// First part of every identity.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "WEFT_CONTROL_TRUST_DOMAIN",
+        default_value = "cluster.local"
+    )]
+    trust_domain: String,
+    /// First part of every workload's uid.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "WEFT_CONTROL_CLUSTER_ID",
+        default_value = "Kubernetes"
+    )]
+    cluster_id: String,
+    /// DNS suffix of services.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "WEFT_CONTROL_CLUSTER_DOMAIN",
+        default_value = "cluster.local"
+    )]
+    cluster_domain: String,
+    /// Namespace whose policies apply to the whole mesh.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "WEFT_CONTROL_ROOT_NAMESPACE",
+        default_value = "weft-system"
+    )]
+    root_namespace: String,
+    /// Network of workloads that name none.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "WEFT_CONTROL_NETWORK",
+        default_value = ""
+    )]
+    network: String,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+impl From<RunArgs> for ControlConfig {
+    fn from(args: RunArgs) -> Self {
+        Self {
+            source: SourceConfig {
+                folder: args.source,
+            },
+            server: ServerConfig {
+                listen: args.listen,
+                tls_names: args.tls_names,
+                metrics: args.metrics_addr,
+            },
+            ca: CaConfig {
+                folder: Some(args.ca_dir),
+                leaf_max_lifetime: Duration::from_secs(args.leaf_max_lifetime),
+            },
+            nodes: NodesConfig {
+                tokens: Some(args.node_tokens),
+            },
+            mesh: MeshConfig {
+                trust_domain: args.mesh.trust_domain,
+                cluster_id: args.mesh.cluster_id,
+                cluster_domain: args.mesh.cluster_domain,
+                root_namespace: args.mesh.root_namespace,
+                network: args.mesh.network,
+            },
+        }
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Validate { folder } => validate(&folder),
+        Command::Run(args) => match run(*args).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("mesh-control: {error:#}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+fn validate(folder: &std::path::Path) -> ExitCode {
+    let (source, changes) = match FilesSource::open(folder) {
+        Ok(opened) => opened,
+        Err(error) => {
+            eprintln!("mesh-control: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let problems = source.problems();
+    for problem in &problems {
+        println!("{problem}");
+    }
+    if problems.is_empty() {
+        println!("{} objects, no problems", changes.len());
+        return ExitCode::SUCCESS;
+    }
+    ExitCode::FAILURE
+}
+
+async fn run(args: RunArgs) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&args.log).context("--log is not a filter")?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match args.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    // Before anything is started, so that a signal during the start is not lost.
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let control = ControlPlane::start(args.into(), prometheus::Registry::new()).await?;
+    tokio::select! {
+        _ = interrupt.recv() => info!("SIGINT: stopping"),
+        _ = terminate.recv() => info!("SIGTERM: stopping"),
+    }
+    control.shutdown().await;
+    Ok(())
+}

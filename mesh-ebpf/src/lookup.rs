@@ -121,7 +121,8 @@ fn owner(address: &Address) -> Option<Workload> {
 }
 
 /// A same-node flow, or the agent's own connection to the application. The entry stays after the handshake, because
-/// with SYN cookies the look-up runs again for the ACK; it is good only for the SYN window.
+/// with SYN cookies the look-up runs again for the ACK; it is good only for the SYN window. A foreign SYN with the same
+/// tuple cannot use it: while the connection lives its socket takes the packet, and its end removes the entry.
 #[inline(always)]
 fn is_recorded(packet: &Packet) -> bool {
     let key = FlowKey {
@@ -137,7 +138,8 @@ fn is_recorded(packet: &Packet) -> bool {
     let Some(local) = owner(&packet.local) else {
         return false;
     };
-    flow.destination_cookie == local.cookie && now_ns() - flow.started_ns < FLOW_SYN_WINDOW_NS
+    flow.destination_cookie == local.cookie
+        && now_ns() - flow.started_ns < FLOW_SYN_WINDOW_NS
 }
 
 #[inline(always)]

@@ -12,10 +12,7 @@ use mesh_ebpf::{FLAG_FAIL_CLOSED, FLAG_SAME_NODE};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Listeners, LocalWorkload, Verdicts, dial,
-    error::CaptureError,
-    kernel::Kernel,
-    steering,
+    Listeners, LocalWorkload, Verdicts, dial, error::CaptureError, kernel::Kernel, steering,
 };
 use crate::{
     discovery::model::{CaptureSettings, FailureMode, SameNode},

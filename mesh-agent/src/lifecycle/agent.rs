@@ -91,7 +91,11 @@ pub fn run(config: AgentConfig, logs: LogControl) -> Result<(), AgentError> {
     result
 }
 
-async fn start_and_run(config: AgentConfig, run_dir: &RunDir, logs: LogControl) -> Result<(), AgentError> {
+async fn start_and_run(
+    config: AgentConfig,
+    run_dir: &RunDir,
+    logs: LogControl,
+) -> Result<(), AgentError> {
     let system = |what| move |source| AgentError::System { what, source };
     let mut terminate = signal(SignalKind::terminate()).map_err(system("the SIGTERM handler"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system("the SIGINT handler"))?;
@@ -123,15 +127,24 @@ async fn start_and_run(config: AgentConfig, run_dir: &RunDir, logs: LogControl) 
     agent.adopt(records, &config.workloads).await;
     tokio::spawn(agent.clone().follow_mesh());
     tokio::spawn(agent.clone().report_same_node());
-    tokio::spawn(admin.serve(Arc::new(AdminView { agent: agent.clone(), logs })));
+    tokio::spawn(admin.serve(Arc::new(AdminView {
+        agent: agent.clone(),
+        logs,
+    })));
     tokio::spawn(local.serve(agent.clone()));
     tracing::info!(node = %config.node.name, ?found, "agent is running");
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
     }
-    let cut = agent.workers.drain(Duration::from_secs(config.proxy.drain_deadline_seconds)).await;
-    tracing::info!(cut, "drained; capture stays in place until an agent runs again or `mesh-agent uninstall`");
+    let cut = agent
+        .workers
+        .drain(Duration::from_secs(config.proxy.drain_deadline_seconds))
+        .await;
+    tracing::info!(
+        cut,
+        "drained; capture stays in place until an agent runs again or `mesh-agent uninstall`"
+    );
     shutdown.cancel();
     upstream.stop().await;
     agent.workers.shut_down();
@@ -150,7 +163,8 @@ impl Agent {
         let runtime = tokio::runtime::Handle::current();
         let telemetry = Telemetry::new(env!("CARGO_PKG_VERSION"));
         let capture = Capture::new(kernel)?;
-        if let Err(error) = kernel_metrics::register(telemetry.registry(), capture.kernel().clone()) {
+        if let Err(error) = kernel_metrics::register(telemetry.registry(), capture.kernel().clone())
+        {
             tracing::error!(%error, "no kernel counters in the metrics");
         }
         let (writer, mesh) = Mesh::channel(&config.node.network);
@@ -263,7 +277,10 @@ impl RunDir {
         let lock_path = path.join(Self::LOCK);
         let file = fs::File::create(&lock_path).map_err(AgentError::file("create", &lock_path))?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Ok(lock) => Ok(Self {
+                path: path.to_owned(),
+                _lock: lock,
+            }),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(AgentError::Running(path.to_owned())),
             Err((_, errno)) => Err(AgentError::file("lock", lock_path)(errno.into())),
         }

@@ -25,10 +25,15 @@ impl Agent {
     pub(super) async fn enrol(&self, enrolment: &Enrolment) -> Result<Enrolled, String> {
         validate_enrolment(enrolment)?;
         let _one_at_a_time = self.enrolling.lock().await;
-        let enrolled = self.capture_and_serve(enrolment, None).await.map_err(|error| error.to_string())?;
+        let enrolled = self
+            .capture_and_serve(enrolment, None)
+            .await
+            .map_err(|error| error.to_string())?;
         if let Err(error) = self.save_records() {
             // Not remembered would mean: silently uncaptured after a restart. Then rather not enrolled.
-            self.release(&enrolment.namespace, &enrolment.name).await.map_err(|error| error.to_string())?;
+            self.release(&enrolment.namespace, &enrolment.name)
+                .await
+                .map_err(|error| error.to_string())?;
             return Err(error.to_string());
         }
         self.mesh_changed();
@@ -41,8 +46,13 @@ impl Agent {
     /// When it is not enrolled, or something cannot be removed.
     pub(super) async fn unenrol(&self, namespace: &str, name: &str) -> Result<(), String> {
         let _one_at_a_time = self.enrolling.lock().await;
-        if self.take_missing(&(namespace.to_owned(), name.to_owned())).is_none() {
-            self.release(namespace, name).await.map_err(|error| error.to_string())?;
+        if self
+            .take_missing(&(namespace.to_owned(), name.to_owned()))
+            .is_none()
+        {
+            self.release(namespace, name)
+                .await
+                .map_err(|error| error.to_string())?;
         }
         self.save_records().map_err(|error| error.to_string())?;
         self.mesh_changed();
@@ -53,8 +63,10 @@ impl Agent {
     /// keep the others.
     pub(super) async fn adopt(&self, records: Vec<Record>, configured: &[Enrolment]) {
         let _one_at_a_time = self.enrolling.lock().await;
-        let mut wanted: Vec<(Enrolment, Option<Record>)> =
-            records.into_iter().map(|record| (record.enrolment.clone(), Some(record))).collect();
+        let mut wanted: Vec<(Enrolment, Option<Record>)> = records
+            .into_iter()
+            .map(|record| (record.enrolment.clone(), Some(record)))
+            .collect();
         for enrolment in configured {
             let known = wanted.iter().any(|(other, _)| {
                 (&other.namespace, &other.name) == (&enrolment.namespace, &enrolment.name)
@@ -76,9 +88,19 @@ impl Agent {
         self.mesh_changed();
     }
 
-    async fn capture_and_serve(&self, enrolment: &Enrolment, former: Option<&Record>) -> Result<Enrolled, AgentError> {
-        let known = self.mesh.read().local_workload(&self.config.node.name, &enrolment.namespace, &enrolment.name);
-        let settings = known.as_ref().map_or_else(CaptureSettings::default, |workload| workload.capture);
+    async fn capture_and_serve(
+        &self,
+        enrolment: &Enrolment,
+        former: Option<&Record>,
+    ) -> Result<Enrolled, AgentError> {
+        let known = self.mesh.read().local_workload(
+            &self.config.node.name,
+            &enrolment.namespace,
+            &enrolment.name,
+        );
+        let settings = known
+            .as_ref()
+            .map_or_else(CaptureSettings::default, |workload| workload.capture);
         let (enrolled, listeners) = self.capture.enrol(enrolment, settings, former).await?;
         enrolled.local.workload.store(known);
         let key = (enrolment.namespace.clone(), enrolment.name.clone());
@@ -94,7 +116,9 @@ impl Agent {
                 Ok(enrolled)
             }
             Err(error) => {
-                let released = self.capture.release(&enrolment.namespace, &enrolment.name)?;
+                let released = self
+                    .capture
+                    .release(&enrolment.namespace, &enrolment.name)?;
                 self.capture.clean(&released).await?;
                 Err(error.into())
             }
@@ -109,7 +133,9 @@ impl Agent {
             let cut = handle.drain(RELEASE_DEADLINE).await;
             tracing::info!(workload = %format_args!("{namespace}/{name}"), cut, "un-enrolled");
         }
-        self.telemetry.capture.forget(&format!("{namespace}/{name}"));
+        self.telemetry
+            .capture
+            .forget(&format!("{namespace}/{name}"));
         self.capture.clean(&released).await
     }
 
@@ -119,12 +145,21 @@ impl Agent {
         tracing::error!(%workload, %error, "cannot capture; its connections are refused or pass by, as its kernel entries say");
         self.telemetry.capture.set_state(&workload, false);
         let key = (enrolment.namespace.clone(), enrolment.name.clone());
-        self.missing().insert(key, Missing { enrolment, record, reason: error.to_string() });
+        self.missing().insert(
+            key,
+            Missing {
+                enrolment,
+                record,
+                reason: error.to_string(),
+            },
+        );
     }
 
     fn take_missing(&self, key: &Key) -> Option<Missing> {
         let missing = self.missing().remove(key)?;
-        self.telemetry.capture.forget(&format!("{}/{}", key.0, key.1));
+        self.telemetry
+            .capture
+            .forget(&format!("{}/{}", key.0, key.1));
         Some(missing)
     }
 
@@ -134,8 +169,17 @@ impl Agent {
     }
 
     fn save_records(&self) -> Result<(), AgentError> {
-        let mut records: Vec<Record> = self.capture.enrolled().into_iter().map(|enrolled| enrolled.record).collect();
-        records.extend(self.missing().values().filter_map(|missing| missing.record.clone()));
+        let mut records: Vec<Record> = self
+            .capture
+            .enrolled()
+            .into_iter()
+            .map(|enrolled| enrolled.record)
+            .collect();
+        records.extend(
+            self.missing()
+                .values()
+                .filter_map(|missing| missing.record.clone()),
+        );
         Ok(self.records.save(records)?)
     }
 }

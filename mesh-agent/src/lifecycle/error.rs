@@ -5,7 +5,10 @@ use std::{io, path::PathBuf};
 use super::records::RecordsError;
 use crate::{
     admin::{BindError, LocalSocketError},
-    capture::CaptureError, discovery::DiscoveryError, identity::CertificateError, proxy::WorkerError,
+    capture::CaptureError,
+    discovery::DiscoveryError,
+    identity::CertificateError,
+    proxy::WorkerError,
 };
 
 /// A failure of the agent as a whole.
@@ -22,7 +25,9 @@ pub enum AgentError {
         source: io::Error,
     },
     /// Another agent uses the run directory.
-    #[error("another agent is running with {0}; stop it first, or give this one a --run-dir of its own")]
+    #[error(
+        "another agent is running with {0}; stop it first, or give this one a --run-dir of its own"
+    )]
     Running(PathBuf),
     /// A port of the node.
     #[error(transparent)]
@@ -62,8 +67,15 @@ pub enum AgentError {
 }
 
 impl AgentError {
-    pub(super) fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+    pub(super) fn file(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::File { action, path, source }
+        move |source| Self::File {
+            action,
+            path,
+            source,
+        }
     }
 }

@@ -29,14 +29,20 @@ impl Agent {
             let state = self.mesh.read();
             for one in &enrolled {
                 let local = &one.local;
-                let known = state.local_workload(&self.config.node.name, &local.namespace, &local.name);
+                let known =
+                    state.local_workload(&self.config.node.name, &local.namespace, &local.name);
                 identities.extend(known.as_ref().map(|workload| workload.identity.clone()));
                 local.workload.store(known);
             }
             state.dead_destinations()
         };
         for one in &enrolled {
-            let settings = one.local.workload.load().as_ref().map(|workload| workload.capture);
+            let settings = one
+                .local
+                .workload
+                .load()
+                .as_ref()
+                .map(|workload| workload.capture);
             // A workload that discovery forgot keeps the settings it had: forgetting must not open anything.
             let Some(settings) = settings else { continue };
             let workload = format!("{}/{}", one.local.namespace, one.local.name);
@@ -49,7 +55,10 @@ impl Agent {
         if let Err(error) = self.capture.mesh_changed(generation, &dead) {
             tracing::error!(%error, "cannot void the kernel's verdicts; they end by their time");
         }
-        self.telemetry.agent.workloads.set(i64::try_from(enrolled.len()).unwrap_or(i64::MAX));
+        self.telemetry
+            .agent
+            .workloads
+            .set(i64::try_from(enrolled.len()).unwrap_or(i64::MAX));
         let identities: Vec<Identity> = identities.into_iter().collect();
         self.certificates.retain(&identities);
         self.end_forbidden_flows();
@@ -57,7 +66,10 @@ impl Agent {
 
     /// Settings of a local workload as discovery has them, or the defaults (fail closed).
     pub(super) fn settings(&self, namespace: &str, name: &str) -> CaptureSettings {
-        let known = self.mesh.read().local_workload(&self.config.node.name, namespace, name);
+        let known = self
+            .mesh
+            .read()
+            .local_workload(&self.config.node.name, namespace, name);
         known.map_or_else(CaptureSettings::default, |workload| workload.capture)
     }
 }

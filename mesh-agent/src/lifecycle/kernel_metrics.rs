@@ -33,7 +33,10 @@ struct KernelCounters {
 /// Adds `weft_kernel_connections_total{outcome}` to the metrics.
 pub(super) fn register(registry: &Registry, kernel: Arc<Kernel>) -> Result<(), prometheus::Error> {
     let descriptions = fresh()?.desc().into_iter().cloned().collect();
-    registry.register(Box::new(KernelCounters { kernel, descriptions }))
+    registry.register(Box::new(KernelCounters {
+        kernel,
+        descriptions,
+    }))
 }
 
 fn fresh() -> Result<CounterVec, prometheus::Error> {
@@ -51,7 +54,9 @@ impl Collector for KernelCounters {
 
     fn collect(&self) -> Vec<MetricFamily> {
         // The same call succeeded at registration.
-        let Ok(counters) = fresh() else { return Vec::new() };
+        let Ok(counters) = fresh() else {
+            return Vec::new();
+        };
         let values = self.kernel.counters();
         for (index, outcome) in OUTCOMES {
             let value = values.get(index as usize).copied().unwrap_or_default();

@@ -32,12 +32,16 @@ impl LocalHandler for Agent {
                 Err(message) => Response::Error { message },
             },
             Request::Unenroll { namespace, name } => match self.unenrol(&namespace, &name).await {
-                Ok(()) => Response::Done { message: format!("{namespace}/{name} is no longer captured") },
+                Ok(()) => Response::Done {
+                    message: format!("{namespace}/{name} is no longer captured"),
+                },
                 Err(message) => Response::Error { message },
             },
             Request::Status => Response::Status(Box::new(self.status())),
             Request::Dump => Response::Dump { state: self.dump() },
-            Request::Top => Response::Top { edges: self.telemetry.edges() },
+            Request::Top => Response::Top {
+                edges: self.telemetry.edges(),
+            },
         }
     }
 }
@@ -70,7 +74,9 @@ impl AdminState for AdminView {
     }
 
     fn set_log_filter(&self, filter: &str) -> Result<(), String> {
-        self.logs.set_filter(filter).map_err(|error| error.to_string())
+        self.logs
+            .set_filter(filter)
+            .map_err(|error| error.to_string())
     }
 }
 
@@ -80,22 +86,33 @@ impl Agent {
         let mut pending = Vec::new();
         let discovery = self.discovery.borrow();
         if !discovery.ready {
-            let reason = discovery.last_error.clone().unwrap_or_else(|| "no answer yet".to_owned());
+            let reason = discovery
+                .last_error
+                .clone()
+                .unwrap_or_else(|| "no answer yet".to_owned());
             pending.push(format!("discovery: {reason}"));
         }
         drop(discovery);
         for ((namespace, name), missing) in self.missing().iter() {
             pending.push(format!("capture of {namespace}/{name}: {}", missing.reason));
         }
-        self.telemetry.agent.ready.set(i64::from(pending.is_empty()));
+        self.telemetry
+            .agent
+            .ready
+            .set(i64::from(pending.is_empty()));
         pending.sort();
         pending
     }
 
     /// Metrics in the Prometheus text format, those that are read on demand brought up to date.
     fn metrics(&self) -> String {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.telemetry.agent.heartbeat.set(i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        self.telemetry
+            .agent
+            .heartbeat
+            .set(i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
         let discovery = self.discovery.borrow().clone();
         self.observe_discovery(&discovery);
         let _ = self.pending();
@@ -105,9 +122,12 @@ impl Agent {
     /// Discovery counts by itself; its totals become the metrics' totals.
     fn observe_discovery(&self, status: &DiscoveryStatus) {
         let xds = &self.telemetry.xds;
-        xds.connected.set(i64::from(status.phase == Phase::Connected));
-        xds.messages.inc_by(status.responses.saturating_sub(xds.messages.get()));
-        xds.nacks.inc_by(status.nacks.saturating_sub(xds.nacks.get()));
+        xds.connected
+            .set(i64::from(status.phase == Phase::Connected));
+        xds.messages
+            .inc_by(status.responses.saturating_sub(xds.messages.get()));
+        xds.nacks
+            .inc_by(status.nacks.saturating_sub(xds.nacks.get()));
         xds.set_resources("workload", status.counts.workloads);
         xds.set_resources("service", status.counts.services);
         xds.set_resources("policy", status.counts.policies);
@@ -115,10 +135,18 @@ impl Agent {
 
     /// The node for `weft status`.
     fn status(&self) -> Status {
-        let certificates: BTreeMap<String, CertificateStatus> =
-            self.certificates.status().into_iter().map(|c| (c.identity.to_string(), c)).collect();
-        let mut workloads: Vec<WorkloadStatus> =
-            self.capture.enrolled().iter().map(|enrolled| self.workload_status(enrolled, &certificates)).collect();
+        let certificates: BTreeMap<String, CertificateStatus> = self
+            .certificates
+            .status()
+            .into_iter()
+            .map(|c| (c.identity.to_string(), c))
+            .collect();
+        let mut workloads: Vec<WorkloadStatus> = self
+            .capture
+            .enrolled()
+            .iter()
+            .map(|enrolled| self.workload_status(enrolled, &certificates))
+            .collect();
         workloads.extend(self.missing_status());
         workloads.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         Status {
@@ -132,14 +160,22 @@ impl Agent {
         }
     }
 
-    fn workload_status(&self, enrolled: &Enrolled, certificates: &BTreeMap<String, CertificateStatus>) -> WorkloadStatus {
+    fn workload_status(
+        &self,
+        enrolled: &Enrolled,
+        certificates: &BTreeMap<String, CertificateStatus>,
+    ) -> WorkloadStatus {
         let local = &enrolled.local;
         let known = local.workload.load_full();
         let settings = self.settings(&local.namespace, &local.name);
-        let certificate = known.as_ref().and_then(|workload| certificates.get(&workload.identity.to_string()));
+        let certificate = known
+            .as_ref()
+            .and_then(|workload| certificates.get(&workload.identity.to_string()));
         let capture = match (self.capture.is_captured(enrolled), &known) {
             (false, _) => "kernel entries are missing; un-enrol and enrol again".to_owned(),
-            (true, None) => "captured, but unknown to the control plane: connections are refused".to_owned(),
+            (true, None) => {
+                "captured, but unknown to the control plane: connections are refused".to_owned()
+            }
             (true, Some(_)) => "ok".to_owned(),
         };
         WorkloadStatus {
@@ -173,7 +209,11 @@ impl Agent {
             name: missing.enrolment.name.clone(),
             uid: None,
             identity: None,
-            addresses: missing.record.as_ref().map(|record| record.addresses.clone()).unwrap_or_default(),
+            addresses: missing
+                .record
+                .as_ref()
+                .map(|record| record.addresses.clone())
+                .unwrap_or_default(),
             netns: missing.enrolment.netns.clone(),
             netns_cookie: missing.record.as_ref().map_or(0, |record| record.cookie),
             capture: format!("not captured: {}", missing.reason),
@@ -235,5 +275,9 @@ fn describe(certificate: &CertificateStatus) -> String {
 }
 
 fn join(addresses: &[std::net::IpAddr]) -> String {
-    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    addresses
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
 }

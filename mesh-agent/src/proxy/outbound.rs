@@ -286,17 +286,17 @@ impl<'a> Attempt<'a> {
             Route::Workload(endpoint) => {
                 self.single = true;
                 self.lesson = Lesson::SameNode;
-                self.to_endpoint(&source, endpoint).await
+                self.reach_endpoint(&source, endpoint).await
             }
             Route::Service { service, endpoints } => {
                 self.single = endpoints.len() == 1;
                 self.service = Some(service);
-                self.to_service(&source, &endpoints).await
+                self.reach_service(&source, &endpoints).await
             }
         }
     }
 
-    async fn to_service(
+    async fn reach_service(
         &mut self,
         source: &Workload,
         endpoints: &[Endpoint],
@@ -309,7 +309,7 @@ impl<'a> Attempt<'a> {
             };
             let in_flight = InFlight::start(self.worker, endpoint.address);
             let began = Instant::now();
-            match self.to_endpoint(source, endpoint.clone()).await {
+            match self.reach_endpoint(source, endpoint.clone()).await {
                 Ok(upstream) => {
                     in_flight.connected(began.elapsed());
                     self.in_flight = Some(in_flight);
@@ -337,7 +337,7 @@ impl<'a> Attempt<'a> {
         endpoints.get(index)
     }
 
-    async fn to_endpoint(
+    async fn reach_endpoint(
         &mut self,
         source: &Workload,
         endpoint: Endpoint,

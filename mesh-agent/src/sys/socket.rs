@@ -88,6 +88,20 @@ pub fn tcp_statistics(socket: BorrowedFd<'_>) -> io::Result<TcpStatistics> {
     })
 }
 
+/// Bytes that a TCP socket was given and its peer has not acknowledged (`SIOCOUTQ`); a FIN counts as one.
+///
+/// # Errors
+/// Those of `ioctl(2)`.
+pub fn unacknowledged_bytes(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ, the same number as TIOCOUTQ, writes one int, and the pointer is to one.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(bytes.max(0).cast_unsigned())
+}
+
 fn set<T: Copy>(
     socket: BorrowedFd<'_>,
     level: libc::c_int,

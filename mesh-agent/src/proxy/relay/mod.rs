@@ -17,10 +17,17 @@ use std::{
 };
 
 use socket2::SockRef;
-use tokio::{io::Interest, net::TcpStream, time::sleep};
+use tokio::{
+    io::Interest,
+    net::TcpStream,
+    time::{sleep, timeout},
+};
 
 use super::registry::CloseSignal;
-use crate::{sys::socket::set_reset_on_close, telemetry::CloseReason};
+use crate::{
+    sys::socket::{set_reset_on_close, unacknowledged_bytes},
+    telemetry::CloseReason,
+};
 
 mod tcp;
 mod tunnel;
@@ -31,6 +38,12 @@ pub use tunnel::relay_tunnel;
 /// Reads, or writes, of one direction before the other has its turn and other connections have theirs: with large
 /// buffers 2 MiB.
 const TURN: usize = 8;
+
+/// How long bytes before a FIN may take to be acknowledged before a reset follows: more than delayed acknowledgements
+/// (40 ms) and a few round trips.
+const DELIVERY_WAIT: Duration = Duration::from_secs(1);
+/// How often that is looked at; the kernel has no event for it.
+const DELIVERY_POLL: Duration = Duration::from_millis(10);
 
 /// Counts bytes that were passed on.
 pub trait Meter {
@@ -239,6 +252,21 @@ pub fn reset(socket: TcpStream) {
         tracing::debug!(%error, "cannot make the socket end with RST");
     }
     drop(socket);
+}
+
+/// Closes a socket that has had its FIN, after its other side was reset. RST would destroy bytes before the FIN that
+/// are still on their way, so it waits for them a little; then the close is a plain one, and the kernel answers
+/// whatever comes later with RST.
+async fn reset_after_fin(socket: TcpStream) {
+    let delivered = async {
+        // The FIN itself counts as one byte and need not have arrived.
+        while unacknowledged_bytes(socket.as_fd()).is_ok_and(|bytes| bytes > 1) {
+            sleep(DELIVERY_POLL).await;
+        }
+    };
+    if timeout(DELIVERY_WAIT, delivered).await.is_ok() {
+        reset(socket);
+    }
 }
 
 /// One read. A read that does not fill `into` has emptied the socket: readiness is then cleared at once, which saves

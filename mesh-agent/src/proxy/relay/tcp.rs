@@ -9,8 +9,8 @@ use std::{
 use tokio::net::TcpStream;
 
 use super::{
-    Directions, Drive, End, Fault, Flow, Meter, TURN, drive, finish, read, reset, turn_over,
-    would_block,
+    Directions, Drive, End, Fault, Flow, Meter, TURN, drive, finish, read, reset, reset_after_fin,
+    turn_over, would_block,
 };
 use crate::proxy::{
     buffers::{Buffer, Size},
@@ -82,7 +82,7 @@ impl Pipe {
                 }
                 Ok(count) => {
                     buffer.set_filled(count);
-                    self.size = self.size.after_read(count);
+                    self.size = self.size.after_read(count, Size::Large);
                     self.held = Some(buffer);
                 }
                 Err(error) if would_block(&error) && last => {
@@ -129,21 +129,15 @@ pub async fn relay_tcp<M: Meter>(
     drop(state);
     match end {
         End::Finished => {}
-        // A side that has already had its FIN is closed plainly: bytes before it may still be on their way.
-        End::NearReset if up == Flow::Finished => {}
-        End::FarReset if down == Flow::Finished => {}
-        End::NearReset => return reset_one(far, end),
-        End::FarReset => return reset_one(near, end),
+        End::NearReset if up == Flow::Finished => reset_after_fin(far).await,
+        End::FarReset if down == Flow::Finished => reset_after_fin(near).await,
+        End::NearReset => reset(far),
+        End::FarReset => reset(near),
         End::TimedOut | End::Closed(_) => {
             reset(near);
             reset(far);
         }
     }
-    end
-}
-
-fn reset_one(socket: TcpStream, end: End) -> End {
-    reset(socket);
     end
 }
 

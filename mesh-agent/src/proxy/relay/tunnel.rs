@@ -2,22 +2,27 @@
 
 use std::{
     cell::Cell,
+    future::poll_fn,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::{Buf, Bytes};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::timeout};
 
 use super::{
-    Directions, Drive, End, Fault, Flow, Meter, TURN, drive, finish, read, reset, turn_over,
-    would_block,
+    Directions, Drive, End, Fault, Flow, Meter, TURN, drive, finish, read, reset, reset_after_fin,
+    turn_over, would_block,
 };
 use crate::proxy::{
     buffers::{Buffer, Size},
     registry::CloseSignal,
     tunnel::{TunnelReceive, TunnelSend, TunnelStream},
 };
+
+/// How long bytes that an application sent before its RST may wait in the tunnel: a busy TCP connection has written
+/// them long before.
+const FLUSH_WAIT: Duration = Duration::from_secs(1);
 
 struct TunnelDirections<'a, M> {
     near: &'a TcpStream,
@@ -56,24 +61,26 @@ pub async fn relay_tunnel<M: Meter>(
     };
     let mut state = Drive::new(directions);
     let end = drive(&near, None, &mut state, close, half_close_idle).await;
-    let down = state.down;
+    let (up, down) = (state.up, state.down);
     let mut directions = state.directions;
-    let abrupt = match end {
-        // Dropping the halves delivers what the application had sent before its RST, then resets the stream; where
-        // the peer's window is closed that could take for ever.
-        End::NearReset => directions.stalled,
-        End::TimedOut | End::Closed(_) => true,
-        End::Finished | End::FarReset => false,
-    };
-    if abrupt {
-        directions.send.reset();
+    match end {
+        // A server's END_STREAM is delivered before the reset that dropping the halves means (RFC 9113 section 8.1).
+        End::Finished | End::FarReset => {}
+        End::NearReset if up == Flow::Finished => {}
+        End::NearReset => {
+            // What the application sent before its RST goes first, unless the peer's window is closed.
+            if !directions.stalled {
+                let flushed = poll_fn(|cx| directions.send.poll_flushed(cx));
+                let _ = timeout(FLUSH_WAIT, flushed).await;
+            }
+            directions.send.reset();
+        }
+        End::TimedOut | End::Closed(_) => directions.send.reset(),
     }
     drop(directions);
     match end {
         End::Finished | End::NearReset => drop(near),
-        // After a FIN a plain close lets the application read what is still on its way; the kernel answers later
-        // bytes with RST.
-        End::FarReset if down == Flow::Finished => drop(near),
+        End::FarReset if down == Flow::Finished => reset_after_fin(near).await,
         End::FarReset | End::TimedOut | End::Closed(_) => reset(near),
     }
     end
@@ -110,7 +117,7 @@ impl<M: Meter> Directions for TunnelDirections<'_, M> {
                 Ok(0) => return Poll::Ready(self.send.finish().map_err(|_| Fault::Far)),
                 Ok(count) => {
                     buffer.set_filled(count);
-                    self.size = self.size.after_read(count);
+                    self.size = self.size.after_read(count, Size::Large);
                     if self.send.send(buffer.freeze()).is_err() {
                         return Poll::Ready(Err(Fault::Far));
                     }

@@ -303,6 +303,19 @@ impl Send {
         self.stream.send_reset(Reason::CANCEL);
     }
 
+    /// The crate tells how much may be buffered, not how much is: all of the buffer is free when nothing waits. A peer
+    /// whose window is smaller than our buffer never gets there; the caller has a deadline.
+    pub(super) fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.stream.reserve_capacity(STREAM_SEND_BUFFER_BYTES);
+        while self.stream.capacity() < STREAM_SEND_BUFFER_BYTES {
+            match ready!(self.stream.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => break,
+            }
+        }
+        Poll::Ready(())
+    }
+
     pub(super) fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
         match ready!(self.stream.poll_reset(cx)) {
             Ok(_) => Poll::Ready(StreamError::Reset),

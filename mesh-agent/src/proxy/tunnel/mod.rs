@@ -247,8 +247,8 @@ impl Incoming {
     }
 }
 
-/// A stream of a tunnel: one application connection. Dropping both halves ends it: what was sent is still delivered,
-/// then it is reset unless both directions had ended.
+/// A stream of a tunnel: one application connection. Dropping both halves resets it unless both directions had ended;
+/// bytes that still wait in the tunnel are lost then, except those of a server that had finished its direction.
 #[derive(Debug)]
 pub struct TunnelStream {
     /// Towards the peer.
@@ -311,6 +311,13 @@ impl TunnelSend {
     pub fn reset(&mut self) {
         match self {
             Self::H2(send) => send.reset(),
+        }
+    }
+
+    /// Ready when no sent bytes wait in the tunnel any more, or never will again.
+    pub fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::H2(send) => send.poll_flushed(cx),
         }
     }
 

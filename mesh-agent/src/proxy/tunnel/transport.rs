@@ -49,7 +49,7 @@ impl<S: AsyncRead + Unpin> AsyncBufRead for ReadAhead<S> {
                 return Poll::Ready(Ok(&[]));
             }
             buffer.set_filled(filled);
-            this.size = this.size.after_read(filled);
+            this.size = this.size.after_read(filled, Size::Medium);
             this.start = 0;
             this.buffer = Some(buffer);
         }

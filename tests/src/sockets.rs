@@ -123,8 +123,8 @@ impl Opener {
 /// It cannot listen on `path`.
 pub fn serve_orders(path: &Path) -> Result<()> {
     drop(fs::remove_file(path));
-    let listener = UnixListener::bind(path)
-        .with_context(|| format!("cannot listen on {}", path.display()))?;
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     for stream in listener.incoming() {
         let stream = stream?;
         std::thread::Builder::new()

@@ -82,7 +82,8 @@ impl World {
             };
             manifests::service("default", name, name, &[address], &[port, closed])
         };
-        let quiet = json!({ "selector": { "matchLabels": { "app": "quiet" } }, "sameNode": "tunnel" });
+        let quiet =
+            json!({ "selector": { "matchLabels": { "app": "quiet" } }, "sameNode": "tunnel" });
         let mesh = MeshSpec::default()
             .manifest("deny", [deny_web()])
             .manifest(
@@ -476,12 +477,17 @@ fn play(order: &[(Who, Act)], (client, server): (TcpStream, TcpStream)) -> Resul
             Close => drop(acting),
             Send | SendUnread | Fin => ends[actor] = Some(acting),
         }
-        let looking = ends[other].as_ref().context("an end looks after its close")?;
+        let looking = ends[other]
+            .as_ref()
+            .context("an end looks after its close")?;
         seen.push(match act {
             SendUnread => {
                 let mut bytes = [0; WORDS.len()];
                 let peeked = looking.peek(&mut bytes);
-                peeked.map_or_else(|error| Seen::of(&error), |_| Seen::Bytes(bytes[..1].to_vec()))
+                peeked.map_or_else(
+                    |error| Seen::of(&error),
+                    |_| Seen::Bytes(bytes[..1].to_vec()),
+                )
             }
             _ => look(looking, WORDS.len()),
         });

@@ -19,7 +19,7 @@ use mesh_tests::{
     sockets::{Listener, Opener, Seen, finish, look, reset},
     wait,
 };
-use nix::errno::Errno;
+use nix::{errno::Errno, sys::signal::Signal};
 use serde_json::json;
 
 /// Longest wait for anything: three times the agent's own limit for a connect, because machines are loaded.
@@ -608,6 +608,55 @@ fn a_server_that_speaks_first_is_heard_at_once(world: &World) -> Result<()> {
             "{}: {median:?}, direct {direct:?}",
             path.name
         );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_killed_agent_ends_its_connections_with_reset_and_touches_no_others() -> Result<()> {
+    let mut world = World::start()?;
+    let established = |path: &Path| -> Result<(TcpStream, TcpStream)> {
+        let pair = world.pair(path, &world.listen(path.to)?)?;
+        converse(&pair)?;
+        Ok(pair)
+    };
+    let [tunnel, within, kernel, plain_out, plain_in] = &MESH;
+    let first_by_tunnel = established(kernel)?;
+    let in_kernel = established(kernel)?;
+    let by_both = established(tunnel)?;
+    let by_first = [
+        first_by_tunnel,
+        established(within)?,
+        established(plain_out)?,
+    ];
+    let by_second = established(plain_in)?;
+
+    // Ends that the killed process itself held, and ends of the other agent, which lost the tunnel.
+    let n1 = world.lab.node("n1")?;
+    world.mesh.stop_agent(n1, Signal::SIGKILL)?;
+    for (client, server) in by_first.iter().chain([&by_both]) {
+        assert_eq!(look(client, 1), Seen::Rst, "client of {client:?}");
+        assert_eq!(look(server, 1), Seen::Rst, "server of {server:?}");
+    }
+    converse(&in_kernel).context("the kernel carries it without an agent")?;
+    converse(&by_second).context("another node's agent carries it")?;
+
+    let n2 = world.lab.node("n2")?;
+    world.mesh.stop_agent(n2, Signal::SIGKILL)?;
+    assert_eq!(look(&by_second.0, 1), Seen::Rst, "plaintext client");
+    assert_eq!(
+        look(&by_second.1, 1),
+        Seen::Rst,
+        "server of a plaintext client"
+    );
+    Ok(())
+}
+
+/// Says something both ways.
+fn converse((client, server): &(TcpStream, TcpStream)) -> Result<()> {
+    for (mut from, to) in [(client, server), (server, client)] {
+        from.write_all(WORDS)?;
+        assert_eq!(look(to, WORDS.len()), Seen::Bytes(WORDS.into()));
     }
     Ok(())
 }

@@ -117,8 +117,7 @@ fn end_to_end(options: &Options, skips: &skip::Notes, summary: &mut Summary) -> 
     let mut command = cargo();
     command.args([
         "test",
-        "-p",
-        "mesh-tests",
+        "--workspace",
         "--test",
         "*",
         "--no-fail-fast",

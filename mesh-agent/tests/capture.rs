@@ -385,7 +385,7 @@ fn a_second_agent_takes_over_what_the_first_left() -> Result<()> {
     let (adopted, listeners) =
         block_on(second_agent.enrol(&enrolment(web), CaptureSettings::default(), Some(&record)))?;
     assert_eq!(
-        adopted.record.former_fwmark_accept, record.former_fwmark_accept,
+        adopted.record.former_mark_switches, record.former_mark_switches,
         "not what the first agent set"
     );
     let running = lab.spawn(

@@ -31,8 +31,8 @@ pub struct Record {
     pub cookie: u64,
     /// Addresses that were captured.
     pub addresses: Vec<IpAddr>,
-    /// Value of `tcp_fwmark_accept` before.
-    pub former_fwmark_accept: String,
+    /// Values of the mark switches before (see `steering`).
+    pub former_mark_switches: String,
 }
 
 /// A workload whose traffic is captured.
@@ -131,8 +131,8 @@ impl Capture {
             enrolment: enrolment.clone(),
             cookie: netns.cookie().0,
             addresses: addresses.clone(),
-            former_fwmark_accept: match (former, &sysctl) {
-                (Some(record), _) => record.former_fwmark_accept.clone(),
+            former_mark_switches: match (former, &sysctl) {
+                (Some(record), _) => record.former_mark_switches.clone(),
                 (None, Ok(value)) => value.clone(),
                 (None, Err(_)) => "0".to_owned(),
             },
@@ -182,10 +182,10 @@ impl Capture {
     pub async fn clean(&self, released: &Enrolled) -> Result<(), CaptureError> {
         let Record {
             addresses,
-            former_fwmark_accept,
+            former_mark_switches,
             ..
         } = &released.record;
-        steering::remove(&released.local.netns, addresses, former_fwmark_accept).await
+        steering::remove(&released.local.netns, addresses, former_mark_switches).await
     }
 
     /// Brings the kernel's entries of a workload in line with its settings. Returns whether anything was different.
@@ -348,7 +348,7 @@ pub async fn undo_record(record: &Record) -> Result<(), CaptureError> {
     if netns.cookie().0 != record.cookie {
         return Ok(());
     }
-    steering::remove(&netns, &record.addresses, &record.former_fwmark_accept).await
+    steering::remove(&netns, &record.addresses, &record.former_mark_switches).await
 }
 
 fn kernel_workload(enrolled: &Enrolled, settings: CaptureSettings) -> mesh_ebpf::Workload {

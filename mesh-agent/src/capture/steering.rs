@@ -1,5 +1,5 @@
 //! What capture needs inside a workload's namespace: one policy rule and one local route per address family, and the
-//! sysctl that lets replies of spoofed connections find their way. All of it is undone on un-enrolment.
+//! sysctls that let replies of spoofed connections find their way. All of it is undone on un-enrolment.
 
 use std::{
     fs,
@@ -26,10 +26,15 @@ pub const ROUTE_TABLE: u32 = 15_001;
 const RULE_PRIORITY: u32 = 15_001;
 /// `lo` in every namespace.
 const LOOPBACK_INDEX: u32 = 1;
-/// Accepted sockets take the mark of their SYN: the application's replies to a spoofed client address then take the
-/// local route back to the agent (Documentation/networking/ip-sysctl.rst, `tcp_fwmark_accept`). One switch for both
-/// address families.
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// Switches that send replies to a spoofed client address over the local route back to the agent
+/// (Documentation/networking/ip-sysctl.rst): accepted sockets take the mark of their SYN, for both address families, and
+/// so do the RST and ICMP messages that no socket sends. Without the latter a port on which nothing listens would look
+/// like a black hole to the agent.
+const MARK_SWITCHES: [&str; 3] = [
+    "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/fwmark_reflect",
+    "/proc/sys/net/ipv6/fwmark_reflect",
+];
 
 /// Addresses of a namespace by family, loopback and link-local ones left out.
 pub fn addresses(netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {
@@ -66,8 +71,8 @@ pub fn addresses(netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {
     Ok(found)
 }
 
-/// Installs rule, routes and sysctl. Idempotent: what a previous agent left is taken over. Returns the former value
-/// of the sysctl, to be given to [`remove`].
+/// Installs rule, routes and sysctls. Idempotent: what a previous agent left is taken over. Returns the former values
+/// of the sysctls, to be given to [`remove`].
 pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<String, CaptureError> {
     let handle = connect(netns)?;
     for family in families(addresses) {
@@ -96,21 +101,20 @@ pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<String, Capt
             .await
             .map_err(|error| failure(netns, "add the capture route")(error.to_string()))?;
     }
-    let former = netns
-        .run(|| read_sysctl().and_then(|former| fs::write(FWMARK_ACCEPT, "1").map(|()| former)))
+    netns
+        .run(switch_on)
         .map_err(|source| CaptureError::Netns {
             path: netns.path().to_owned(),
             source,
         })?
-        .map_err(CaptureError::file("set", FWMARK_ACCEPT))?;
-    Ok(former)
+        .map_err(CaptureError::file("set", MARK_SWITCHES[0]))
 }
 
 /// Undoes [`install`]. Goes on after a failure, so that as much as possible is undone, and reports the first one.
 pub async fn remove(
     netns: &Netns,
     addresses: &[IpAddr],
-    former_sysctl: &str,
+    former_sysctls: &str,
 ) -> Result<(), CaptureError> {
     let handle = connect(netns)?;
     let mut first_error = None;
@@ -131,20 +135,40 @@ pub async fn remove(
         }
     }
     let restored = netns
-        .run(|| fs::write(FWMARK_ACCEPT, former_sysctl))
+        .run(|| switch_back(former_sysctls))
         .map_err(|source| CaptureError::Netns {
             path: netns.path().to_owned(),
             source,
         })
-        .and_then(|written| written.map_err(CaptureError::file("restore", FWMARK_ACCEPT)));
+        .and_then(|written| written.map_err(CaptureError::file("restore", MARK_SWITCHES[0])));
     if let Err(error) = restored {
         first_error.get_or_insert(error);
     }
     first_error.map_or(Ok(()), Err)
 }
 
-fn read_sysctl() -> std::io::Result<String> {
-    fs::read_to_string(Path::new(FWMARK_ACCEPT)).map(|text| text.trim().to_owned())
+/// Sets every switch; returns their former values, separated by spaces.
+fn switch_on() -> std::io::Result<String> {
+    let mut former = Vec::with_capacity(MARK_SWITCHES.len());
+    for switch in present_switches() {
+        former.push(fs::read_to_string(switch)?.trim().to_owned());
+        fs::write(switch, "1")?;
+    }
+    Ok(former.join(" "))
+}
+
+/// Gives every switch its former value; off where none is known.
+fn switch_back(former: &str) -> std::io::Result<()> {
+    let mut values = former.split_whitespace();
+    present_switches().try_for_each(|switch| fs::write(switch, values.next().unwrap_or("0")))
+}
+
+/// A kernel booted without IPv6 has no switches for it.
+fn present_switches() -> impl Iterator<Item = &'static str> {
+    let has_v6 = Path::new("/proc/sys/net/ipv6").is_dir();
+    MARK_SWITCHES
+        .into_iter()
+        .filter(move |switch| has_v6 || !switch.contains("/ipv6/"))
 }
 
 fn rule_message(family: AddressFamily) -> RuleMessage {

@@ -17,7 +17,7 @@ use tokio::{
     net::TcpStream,
     time::{timeout, timeout_at},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::server::TlsStream;
 
 use super::{
     OWN_PORTS, never_a_destination,
@@ -26,7 +26,7 @@ use super::{
     tunnel::{
         Incoming, TunnelServer,
         headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
-        transport::ReadAhead,
+        transport::{ReadAhead, accept_tls},
     },
     unmapped,
     worker::{Admission, Served, Worker},
@@ -177,34 +177,19 @@ async fn shake_hands(
         }
     };
     let began = Instant::now();
-    let acceptor = TlsAcceptor::from(certified.server.clone());
-    let stream = match timeout_at(deadline, acceptor.accept(ReadAhead::new(socket))).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => {
-            tracing::debug!(%error, "TLS handshake failed");
-            return None;
-        }
-        Err(_) => {
-            tracing::debug!("TLS handshake took too long");
-            return None;
-        }
-    };
+    let shaken = accept_tls(certified.server.clone(), socket, deadline).await;
+    let stream = shaken
+        .inspect_err(|error| tracing::debug!(%error, "no TLS with a client"))
+        .ok()?;
     context
         .telemetry
         .observe_handshake(Direction::Inbound, began.elapsed());
     let identity = peer_identity(stream.get_ref().1.peer_certificates())?;
-    let handshake = TunnelServer::handshake(context.codec, stream, &context.limits);
-    match timeout(context.limits.time.first_frame, handshake).await {
-        Ok(Ok(server)) => Some((identity, server)),
-        Ok(Err(error)) => {
-            tracing::debug!(%error, peer = %identity, "no HTTP/2 on a tunnel");
-            None
-        }
-        Err(_) => {
-            tracing::debug!(peer = %identity, "no HTTP/2 preface in time");
-            None
-        }
-    }
+    let server = TunnelServer::handshake(context.codec, stream, &context.limits).await;
+    let server = server
+        .inspect_err(|error| tracing::debug!(%error, peer = %identity, "no HTTP/2 on a tunnel"))
+        .ok()?;
+    Some((identity, server))
 }
 
 async fn serve_streams(

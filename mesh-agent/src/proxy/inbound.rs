@@ -24,7 +24,7 @@ use super::{
     registry::{Judged, Registered},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
     tunnel::{
-        Incoming, TunnelServer,
+        Incoming, TunnelServer, TunnelStream,
         headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
         transport::{ReadAhead, accept_tls},
     },
@@ -235,15 +235,45 @@ async fn serve_connect(
     worker: Rc<Worker>,
     served: Arc<Served>,
     ends: Rc<TunnelEnds>,
-    mut incoming: Incoming,
+    incoming: Incoming,
 ) {
-    let began = Instant::now();
     let Ok(_admission) = worker.shared.admit(worker.index, &served, true) else {
         return incoming.refuse(InboundError::Limit.status());
     };
+    // Boxed, so that an established connection does not carry what only its beginning needs.
+    let Some(connected) = Box::pin(answer_connect(&worker, &served, &ends, incoming)).await else {
+        return;
+    };
+    let Connected {
+        app,
+        stream,
+        registered,
+        open,
+    } = connected;
+    let idle = worker.context.limits.time.half_close_idle;
+    let end = relay_tunnel(app, stream, &InboundMeter(&open), registered.signal(), idle).await;
+    open.finish(close_reason(end));
+}
+
+/// A CONNECT stream that was answered with 200.
+struct Connected {
+    app: TcpStream,
+    stream: TunnelStream,
+    registered: Registered,
+    open: OpenConnection,
+}
+
+/// Admits or refuses a request, and answers it.
+async fn answer_connect(
+    worker: &Rc<Worker>,
+    served: &Arc<Served>,
+    ends: &TunnelEnds,
+    mut incoming: Incoming,
+) -> Option<Connected> {
+    let began = Instant::now();
     let mut guest = Guest {
-        worker: &worker,
-        served: &served,
+        worker,
+        served,
         peer: Some(ends.identity.clone()),
         client: ends.peer,
         workload: served.local.workload.load_full(),
@@ -275,7 +305,8 @@ async fn serve_connect(
                 .context
                 .telemetry
                 .failed(&info, error.reason(), &error);
-            return incoming.refuse(error.status());
+            incoming.refuse(error.status());
+            return None;
         }
     };
     let mut headers = HeaderMap::new();
@@ -287,7 +318,8 @@ async fn serve_connect(
             .context
             .telemetry
             .failed(&info, CloseReason::ClientReset, &InboundError::Abandoned);
-        return reset(app);
+        reset(app);
+        return None;
     };
     worker.context.telemetry.observe_connect(
         Direction::Inbound,
@@ -295,9 +327,12 @@ async fn serve_connect(
         began.elapsed(),
     );
     let open = worker.context.telemetry.open(info);
-    let idle = worker.context.limits.time.half_close_idle;
-    let end = relay_tunnel(app, stream, &InboundMeter(&open), registered.signal(), idle).await;
-    open.finish(close_reason(end));
+    Some(Connected {
+        app,
+        stream,
+        registered,
+        open,
+    })
 }
 
 /// Carries one captured plaintext connection from its accept to its end.

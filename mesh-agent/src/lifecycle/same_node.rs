@@ -6,8 +6,11 @@ use mesh_ebpf::{EdgeCounters, EdgeKey};
 
 use super::agent::Agent;
 use crate::{
-    capture::flows::{SameNodeEdge, SameNodeFlow},
-    discovery::model::SameNode,
+    capture::{
+        LocalWorkload,
+        flows::{SameNodeEdge, SameNodeFlow},
+    },
+    discovery::model::{SameNode, Workload},
     policy::{self, Connection},
     telemetry::{CloseReason, ConnectionInfo, Direction, KernelFlow, Party, Security},
 };
@@ -97,10 +100,13 @@ impl Agent {
 
     /// An end that discovery does not know (any more) is unknown, and unknown means deny.
     fn may_go_on(&self, flow: &SameNodeFlow) -> bool {
-        let (Some(source), Some(destination)) = (
-            flow.source.local.workload.load_full(),
-            flow.destination.local.workload.load_full(),
-        ) else {
+        let state = self.mesh.read();
+        let known = |local: &LocalWorkload| {
+            state.local_workload(&self.config.node.name, &local.namespace, &local.name)
+        };
+        let (Some(source), Some(destination)) =
+            (known(&flow.source.local), known(&flow.destination.local))
+        else {
             return false;
         };
         let connection = Connection {
@@ -108,10 +114,9 @@ impl Agent {
             source: flow.source_address.ip(),
             destination: flow.destination_address,
         };
-        let kernel_allowed = [&source, &destination]
-            .iter()
-            .all(|w| w.capture.same_node == SameNode::Kernel);
-        kernel_allowed
-            && policy::authorize(&self.mesh.read(), &destination, &connection).is_allowed()
+        let wanted = |workload: &Workload| workload.capture.same_node == SameNode::Kernel;
+        wanted(&source)
+            && wanted(&destination)
+            && policy::authorize(&state, &destination, &connection).is_allowed()
     }
 }

@@ -55,8 +55,13 @@ pub(super) async fn upstream(config: &AgentConfig, run_dir: &Path) -> Result<Ups
         });
     };
     let control_config = ControlConfig {
-        source: SourceConfig { folder: folder.clone() },
-        ca: CaConfig { folder: Some(run_dir.join(CA_DIR)), ..CaConfig::default() },
+        source: SourceConfig {
+            folder: folder.clone(),
+        },
+        ca: CaConfig {
+            folder: Some(run_dir.join(CA_DIR)),
+            ..CaConfig::default()
+        },
         mesh: MeshConfig {
             trust_domain: config.node.trust_domain.clone(),
             cluster_id: config.node.cluster.clone(),
@@ -89,5 +94,6 @@ fn write_private(path: &Path, text: &str) -> Result<(), AgentError> {
         .mode(0o600)
         .open(path)
         .map_err(AgentError::file("create", path))?;
-    file.write_all(text.as_bytes()).map_err(AgentError::file("write", path))
+    file.write_all(text.as_bytes())
+        .map_err(AgentError::file("write", path))
 }

@@ -465,10 +465,10 @@ impl Guest<'_> {
             connection: connection.clone(),
         };
         let registered = self.worker.registry.enter(self.served.id, Some(judged));
-        let decision = policy::authorize(&self.worker.context.mesh.read(), &workload, &connection);
-        let proof = match decision {
-            Decision::Allowed(proof) => proof,
-            Decision::Denied { policy, .. } => return Err(InboundError::Denied { policy }),
+        let proof = match self.worker.context.judge(local, &connection) {
+            Some(Decision::Allowed(proof)) => proof,
+            Some(Decision::Denied { policy, .. }) => return Err(InboundError::Denied { policy }),
+            None => return Err(InboundError::UnknownWorkload),
         };
         let limit = self.worker.context.limits.time.connect;
         let app = tokio::select! {

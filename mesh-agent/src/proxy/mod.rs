@@ -8,9 +8,10 @@
 use std::{net::IpAddr, sync::Arc};
 
 use crate::{
-    capture::{OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT, Verdicts},
+    capture::{LocalWorkload, OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT, Verdicts},
     discovery::Mesh,
     identity::Certificates,
+    policy::{self, Connection, Decision},
     telemetry::Telemetry,
 };
 
@@ -55,6 +56,17 @@ pub struct ProxyContext {
     pub node: Arc<str>,
     /// Which implementation writes the tunnels.
     pub codec: TunnelCodec,
+}
+
+impl ProxyContext {
+    /// Asks policy about a connection to a local workload. The workload and its policies are read under one lock: a
+    /// list of policies from before a change must not be judged by the policies after it. `None`: discovery does not
+    /// know the workload.
+    pub(crate) fn judge(&self, local: &LocalWorkload, connection: &Connection) -> Option<Decision> {
+        let state = self.mesh.read();
+        let workload = state.local_workload(&self.node, &local.namespace, &local.name)?;
+        Some(policy::authorize(&state, &workload, connection))
+    }
 }
 
 /// The canonical form of an address: dual-stack listeners see IPv4 peers as `::ffff:a.b.c.d` (RFC 4291 section

@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     capture::{ConnectionGuard, Listeners, LocalWorkload},
-    policy::{self, Decision},
+    policy::Decision,
     telemetry::CloseReason,
 };
 
@@ -537,12 +537,8 @@ async fn reevaluate(worker: Rc<Worker>) {
         for batch in worker.registry.judged().chunks(REEVALUATION_BATCH) {
             for (id, judged) in batch {
                 // A workload that discovery has lost sight of cannot be judged anew: its end comes by un-enrolment.
-                let Some(workload) = judged.local.workload.load_full() else {
-                    continue;
-                };
-                let decision =
-                    policy::authorize(&worker.context.mesh.read(), &workload, &judged.connection);
-                if let Decision::Denied { policy, .. } = decision {
+                let decision = worker.context.judge(&judged.local, &judged.connection);
+                if let Some(Decision::Denied { policy, .. }) = decision {
                     tracing::info!(peer = ?judged.connection.peer, ?policy, "connection is no longer allowed");
                     worker.shared.counters.revoked.add();
                     worker.registry.close_one(*id, CloseReason::Revoked);

@@ -295,9 +295,7 @@ impl<C: Connector> Pool<C> {
                 let gone = before - tunnels.len();
                 self.connector.note(PoolEvent::Evicted(gone));
             }
-            entry.connecting.get()
-                || !tunnels.is_empty()
-                || Rc::strong_count(entry) > 1
+            entry.connecting.get() || !tunnels.is_empty() || Rc::strong_count(entry) > 1
         });
     }
 

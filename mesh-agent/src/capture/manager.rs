@@ -192,7 +192,7 @@ impl Capture {
         steering::remove(&released.local.netns, addresses, former_fwmark_accept).await
     }
 
-    /// Follows changed settings of a workload.
+    /// Brings the kernel's entries of a workload in line with its settings. Returns whether anything was different.
     ///
     /// # Errors
     /// When the kernel refuses the entry.
@@ -200,14 +200,35 @@ impl Capture {
         &self,
         enrolled: &Enrolled,
         settings: CaptureSettings,
-    ) -> Result<(), CaptureError> {
+    ) -> Result<bool, CaptureError> {
         let value = kernel_workload(enrolled, settings);
         if self.kernel.workload(enrolled.local.cookie()) == Some(value) {
-            return Ok(());
+            return Ok(false);
         }
         self.kernel
             .set_addresses(value, &enrolled.local.addresses)?;
-        self.kernel.set_workload(value)
+        self.kernel.set_workload(value)?;
+        Ok(true)
+    }
+
+    /// Looks whether everything in the kernel that captures a workload is there, and puts back what is not. Returns
+    /// whether something was missing.
+    ///
+    /// # Errors
+    /// When it cannot be put back.
+    pub fn repair(
+        &self,
+        enrolled: &Enrolled,
+        settings: CaptureSettings,
+    ) -> Result<bool, CaptureError> {
+        let mut repaired = self.kernel.reattach_node()?;
+        repaired |= self.kernel.reattach_lookup(&enrolled.local.netns)?;
+        if let Some(cgroup) = &enrolled.record.enrolment.cgroup {
+            let cookie = enrolled.local.cookie();
+            repaired |= self.kernel.reattach_flow(cookie, Path::new(cgroup))?;
+        }
+        repaired |= self.apply_settings(enrolled, settings)?;
+        Ok(repaired)
     }
 
     /// Tells the kernel that the mesh changed: older verdicts are void, and these service addresses are dead.

@@ -126,6 +126,7 @@ async fn start_and_run(
     agent.adopt(records, &config.workloads).await;
     tokio::spawn(agent.clone().follow_mesh());
     tokio::spawn(agent.clone().report_same_node());
+    tokio::spawn(agent.clone().keep_captured());
     tokio::spawn(admin.serve(Arc::new(AdminView {
         agent: agent.clone(),
         logs,

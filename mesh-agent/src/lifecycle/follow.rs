@@ -1,13 +1,44 @@
 //! Following the mesh: every change reaches the kernel, the local workloads and the certificates.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use mesh_api::identity::Identity;
 
 use super::agent::Agent;
 use crate::discovery::model::CaptureSettings;
 
+/// How often the kernel is asked whether capture is whole. A lost piece means uncaptured connections, so well within
+/// the ten seconds that are promised; asking costs a few system calls per workload.
+const REPAIR_INTERVAL: Duration = Duration::from_secs(5);
+
 impl Agent {
+    /// Compares the kernel with what should be there, and puts back what is missing, for ever.
+    pub(super) async fn keep_captured(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(REPAIR_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            for one in self.capture.enrolled() {
+                let workload = format!("{}/{}", one.local.namespace, one.local.name);
+                let known = one.local.workload.load_full();
+                let Some(settings) = known.map(|workload| workload.capture) else {
+                    continue;
+                };
+                match self.capture.repair(&one, settings) {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        self.telemetry.capture.repairs.inc();
+                        tracing::error!(%workload, "capture had been taken apart; put back");
+                    }
+                    Err(error) => {
+                        self.telemetry.capture.set_state(&workload, false);
+                        tracing::error!(%workload, %error, "capture is not whole and cannot be put back");
+                    }
+                }
+            }
+        }
+    }
+
     /// Applies the mesh as it is, then every change, until the mesh ends.
     pub(super) async fn follow_mesh(self: Arc<Self>) {
         let mut generations = self.mesh.generation();

@@ -1,6 +1,6 @@
 //! Answers to the local socket and to admin.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc};
 
 use mesh_api::local::{Request, Response, Status, WorkloadStatus};
 use serde_json::{Value, json};
@@ -108,13 +108,6 @@ impl Agent {
 
     /// Metrics in the Prometheus text format, those that are read on demand brought up to date.
     fn metrics(&self) -> String {
-        let now = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
-        self.telemetry
-            .agent
-            .heartbeat
-            .set(i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
         let discovery = self.discovery.borrow().clone();
         self.observe_discovery(&discovery);
         let _ = self.pending();

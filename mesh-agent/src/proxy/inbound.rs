@@ -119,7 +119,7 @@ pub(super) async fn serve_tunnel(
         .enter(peer.ip(), limits.handshakes_per_source);
     let place = worker.tunnels.enter(peer.ip(), limits.per_source);
     let (Some(permit), Some(_place)) = (permit, place) else {
-        worker.shared.counters.source_limit.add();
+        worker.context.telemetry.limits.reached("per_source");
         return reset(socket);
     };
     let served = admission.served().clone();
@@ -129,11 +129,12 @@ pub(super) async fn serve_tunnel(
     };
     let Some((identity, server)) = Box::pin(shake_hands(&worker, &served.local, socket)).await
     else {
-        worker.shared.counters.handshake_failures.add();
+        let tunnels = &worker.context.telemetry.tunnels;
+        tunnels.failed(Direction::Inbound);
         return;
     };
     drop(permit);
-    worker.shared.counters.tunnels_accepted.add();
+    let _open = worker.context.telemetry.tunnels.open(Direction::Inbound);
     serve_streams(
         &worker,
         &served,

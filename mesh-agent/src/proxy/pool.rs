@@ -47,6 +47,23 @@ pub trait Pooled: Clone + 'static {
     fn peer_streams(&self) -> usize;
 }
 
+/// Something that is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolEvent {
+    /// A connection found a tunnel.
+    Hit,
+    /// A connection needed a new tunnel.
+    Miss,
+    /// A connection begins to wait for a tunnel.
+    Waits,
+    /// It waits no more.
+    WaitsNoMore,
+    /// So many tunnels were thrown out.
+    Evicted(usize),
+    /// A key has as many tunnels as it may.
+    Full,
+}
+
 /// Makes tunnels.
 pub trait Connector: 'static {
     /// What is needed beside the key: the workload and its certificate.
@@ -67,6 +84,9 @@ pub trait Connector: 'static {
     /// Whether a tunnel that was made with `old` may carry new streams of a connection that has `new`: not after
     /// the certificate was renewed.
     fn interchangeable(old: &Self::Context, new: &Self::Context) -> bool;
+
+    /// Counts.
+    fn note(&self, event: PoolEvent);
 }
 
 /// The tunnels of one worker.
@@ -142,11 +162,16 @@ impl<C: Connector> Pool<C> {
         context: &C::Context,
     ) -> Result<Lease<C>, TunnelError> {
         let entry = self.entry(key);
+        let mut waits: Option<Waits<'_, C>> = None;
         loop {
             if let Some(lease) = self.lease_open(&entry, context) {
                 self.spread(key, &entry, context);
+                if waits.is_none() {
+                    self.connector.note(PoolEvent::Hit);
+                }
                 return Ok(lease);
             }
+            waits.get_or_insert_with(|| Waits::new(&self.connector));
             // Registered before the set-up can end, so that its end is not missed.
             let changed = entry.changed.notified();
             let before = entry.outcome.borrow().0;
@@ -179,9 +204,14 @@ impl<C: Connector> Pool<C> {
     /// The least loaded of the usable tunnels; dead ones are evicted on the way.
     fn lease_open(&self, entry: &Entry<C>, context: &C::Context) -> Option<Lease<C>> {
         let mut tunnels = entry.tunnels.borrow_mut();
+        let before = tunnels.len();
         tunnels.retain(|slot| {
             slot.tunnel.is_open() && (slot.streams.get() > 0 || slot.usable(context))
         });
+        if tunnels.len() < before {
+            self.connector
+                .note(PoolEvent::Evicted(before - tunnels.len()));
+        }
         let slot = tunnels
             .iter()
             .filter(|slot| slot.usable(context))
@@ -221,6 +251,7 @@ impl<C: Connector> Pool<C> {
             return Ok(());
         }
         if entry.tunnels.borrow().len() >= self.limits.per_key {
+            self.connector.note(PoolEvent::Full);
             return Err(TunnelError::Limit);
         }
         entry.connecting.set(true);
@@ -250,14 +281,18 @@ impl<C: Connector> Pool<C> {
     /// Releases tunnels that nobody has used for long, and forgets dead ones.
     pub fn sweep(&self, now: Instant) {
         self.entries.borrow_mut().retain(|_, entry| {
-            entry.tunnels.borrow_mut().retain(|slot| {
+            let mut tunnels = entry.tunnels.borrow_mut();
+            let before = tunnels.len();
+            tunnels.retain(|slot| {
                 let idle = slot.streams.get() == 0
                     && now.duration_since(slot.idle_since.get()) >= self.idle;
                 slot.tunnel.is_open() && !idle
             });
-            entry.connecting.get()
-                || !entry.tunnels.borrow().is_empty()
-                || Rc::strong_count(entry) > 1
+            if tunnels.len() < before {
+                let gone = before - tunnels.len();
+                self.connector.note(PoolEvent::Evicted(gone));
+            }
+            entry.connecting.get() || !tunnels.is_empty() || Rc::strong_count(entry) > 1
         });
     }
 
@@ -280,6 +315,23 @@ impl<C: Connector> Pool<C> {
     /// Releases every tunnel; streams in them go on.
     pub fn clear(&self) {
         self.entries.borrow_mut().clear();
+    }
+}
+
+/// Counts a connection that has to wait for a tunnel, until it has one or gives up.
+struct Waits<'a, C: Connector>(&'a C);
+
+impl<'a, C: Connector> Waits<'a, C> {
+    fn new(connector: &'a C) -> Self {
+        connector.note(PoolEvent::Miss);
+        connector.note(PoolEvent::Waits);
+        Self(connector)
+    }
+}
+
+impl<C: Connector> Drop for Waits<'_, C> {
+    fn drop(&mut self) {
+        self.0.note(PoolEvent::WaitsNoMore);
     }
 }
 

@@ -64,6 +64,8 @@ impl Connector for FakeConnector {
     fn interchangeable(old: &u32, new: &u32) -> bool {
         old == new
     }
+
+    fn note(&self, _event: PoolEvent) {}
 }
 
 fn key(source: &str, destination: &str) -> PoolKey {

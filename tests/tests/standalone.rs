@@ -207,7 +207,9 @@ fn follow(text: &str, namespace: &str, client: &str) -> Result<()> {
         "the client is in the status of one process",
     )?;
     require(
-        out.contains("refused") && log.contains("reset by peer"),
+        // The reset comes before or after curl has looked at its connect.
+        out.contains("refused")
+            && (log.contains("reset by peer") || log.contains("Couldn't connect")),
         "plaintext of the node is refused",
     )?;
     let behind = out

@@ -14,6 +14,7 @@ pub mod cgroup;
 pub mod cleanup;
 pub mod histogram;
 pub mod http;
+pub mod inventory;
 pub mod lab;
 pub mod load;
 pub mod manifests;

@@ -21,7 +21,7 @@ pub(super) const ROOTS_FILE: &str = "standalone-roots.pem";
 /// Token of the agent for the embedded control plane.
 pub(super) const TOKEN_FILE: &str = "standalone-token";
 /// Its certificate authority, so that a restart is not a new mesh.
-const CA_DIR: &str = "standalone-ca";
+pub(super) const CA_DIR: &str = "standalone-ca";
 
 /// How to reach the control plane.
 #[derive(Debug)]

@@ -1,11 +1,16 @@
 //! Following the mesh: every change reaches the kernel, the local workloads and the certificates.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use mesh_api::identity::Identity;
+use tokio::time::timeout;
 
 use super::agent::Agent;
 use crate::discovery::model::CaptureSettings;
+
+/// When same-node flows are looked at again after a change: a `connect(2)` that had read its verdict just before the
+/// change is recorded just after the first look.
+const SECOND_LOOK: Duration = Duration::from_millis(500);
 
 impl Agent {
     /// Applies the mesh as it is, then every change, until the mesh ends.
@@ -14,7 +19,12 @@ impl Agent {
         loop {
             generations.borrow_and_update();
             self.mesh_changed();
-            if generations.changed().await.is_err() {
+            let mut next = timeout(SECOND_LOOK, generations.changed()).await;
+            if next.is_err() {
+                self.end_forbidden_flows();
+                next = Ok(generations.changed().await);
+            }
+            if !matches!(next, Ok(Ok(()))) {
                 return;
             }
         }

@@ -185,6 +185,9 @@ mod tests {
         assert_eq!(next(Size::Large, 100), Size::Small);
         assert_eq!(next(Size::Large, SMALL_BYTES + 1), Size::Large);
         assert_eq!(next(Size::Small, 100), Size::Small);
-        assert_eq!(Size::Small.after_read(SMALL_BYTES, Size::Medium), Size::Medium);
+        assert_eq!(
+            Size::Small.after_read(SMALL_BYTES, Size::Medium),
+            Size::Medium
+        );
     }
 }

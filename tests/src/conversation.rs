@@ -34,10 +34,23 @@ impl Server {
     /// # Errors
     /// It does not listen within [`LIMIT`].
     pub fn start(lab: &Lab, pod: &Pod, port: u16) -> Result<Self> {
+        Self::start_with(lab, pod, port, &[])
+    }
+
+    /// Starts it so that it speaks first, with [`crate::seqecho::BANNER`].
+    ///
+    /// # Errors
+    /// It does not listen within [`LIMIT`].
+    pub fn start_with_banner(lab: &Lab, pod: &Pod, port: u16) -> Result<Self> {
+        Self::start_with(lab, pod, port, &["--banner"])
+    }
+
+    fn start_with(lab: &Lab, pod: &Pod, port: u16, arguments: &[&str]) -> Result<Self> {
         let address = pod.at(port);
         let program = Program::new(programs::own("seqecho")?)
             .named(&format!("server-{}-{port}", pod.spec.name))
-            .args(["server", "--log", "--listen", &address.to_string()]);
+            .args(["server", "--log", "--listen", &address.to_string()])
+            .args(arguments);
         let running = lab.serve(pod, &program, address, LIMIT)?;
         Ok(Self { address, running })
     }

@@ -16,6 +16,8 @@ use serde_json::json;
 
 const PORT: u16 = 7000;
 const FORBIDDEN_PORT: u16 = 7001;
+/// Connections that the script makes by hand from the pod's own address, at least.
+const RAW_TRIES: u64 = 250;
 const SCRIPT: &str = include_str!("hostile_pod.py");
 
 struct World {
@@ -32,7 +34,12 @@ impl World {
             LabSpec::new(Families::V4)
                 .node(
                     "n1",
-                    [pod("api").label("tier", "api"), pod("web"), pod("bot")],
+                    [
+                        pod("api").label("tier", "api"),
+                        pod("web"),
+                        pod("bot"),
+                        PodSpec::new("open").unmeshed(),
+                    ],
                 )
                 .node("n2", [pod("far-api").label("tier", "api")]),
         )?;
@@ -133,6 +140,13 @@ fn a_pod_with_every_right_in_its_namespace_does_not_get_past_a_strict_policy() -
             );
         }
     }
+    // The negative control of the raw packets: where nobody guards the door, they get in.
+    let _open = Server::start_with_banner(lab, lab.pod("open")?, PORT)?;
+    let through = world.play(bot, lab.pod("open")?, &["raw"])?;
+    ensure!(
+        through["raw"] >= RAW_TRIES,
+        "raw packets are no threat here: {through:?}"
+    );
     for server in &servers {
         for served in server.served()? {
             ensure!(

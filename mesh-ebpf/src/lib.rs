@@ -242,9 +242,9 @@ pub struct EdgeCounters {
     pub closed: u64,
     /// Connections that were never established.
     pub failed: u64,
-    /// Bytes from client to server of ended connections (`bytes_acked`).
+    /// Bytes from client to server of ended connections (`bytes_acked`: SYN and FIN count as one each).
     pub sent_bytes: u64,
-    /// Bytes from server to client of ended connections (`bytes_received`).
+    /// Bytes from server to client of ended connections (`bytes_received`: FIN counts as one).
     pub received_bytes: u64,
     /// Segments sent again by ended connections.
     pub retransmits: u64,

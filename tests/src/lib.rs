@@ -12,6 +12,7 @@
 pub mod capture;
 pub mod cgroup;
 pub mod cleanup;
+pub mod conversation;
 pub mod histogram;
 pub mod http;
 pub mod inventory;

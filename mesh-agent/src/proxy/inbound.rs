@@ -467,8 +467,14 @@ impl Guest<'_> {
         };
         let registered = self.worker.registry.enter(self.served.id, Some(judged));
         let proof = match self.worker.context.judge(local, &connection) {
-            Some(Decision::Allowed(proof)) => proof,
-            Some(Decision::Denied { policy, .. }) => return Err(InboundError::Denied { policy }),
+            Some(Decision::Allowed(proof)) => {
+                self.worker.context.telemetry.audited(proof.audited());
+                proof
+            }
+            Some(Decision::Denied { policy, audited }) => {
+                self.worker.context.telemetry.audited(&audited);
+                return Err(InboundError::Denied { policy });
+            }
             None => return Err(InboundError::UnknownWorkload),
         };
         let limit = self.worker.context.limits.time.connect;

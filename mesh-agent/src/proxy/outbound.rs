@@ -488,7 +488,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// Whether the next connection may go from application to application in the kernel: both on this node, both
-    /// without a wish for more, and allowed by the destination's policy, which nobody asks then.
+    /// without a wish for more, and allowed by the destination's policy, which nobody asks then, without an audit.
     fn may_stay_in_kernel(&self) -> bool {
         let (Some(source), Some(endpoint)) = (&self.source, &self.endpoint) else {
             return false;
@@ -503,7 +503,8 @@ impl<'a> Attempt<'a> {
             destination: endpoint.address,
         };
         let decision = policy::authorize(&self.worker.context.mesh.read(), workload, &connection);
-        matches!(decision, Decision::Allowed(_))
+        // An audit is for the proxy to count: in the kernel nobody would.
+        matches!(decision, Decision::Allowed(proof) if proof.audited().is_empty())
     }
 }
 

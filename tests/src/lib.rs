@@ -26,4 +26,5 @@ pub mod process;
 pub mod programs;
 pub mod seqecho;
 pub mod skip;
+pub mod sockets;
 pub mod wait;

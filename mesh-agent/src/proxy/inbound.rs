@@ -344,6 +344,7 @@ pub(super) async fn serve_plaintext(
     admission: Admission,
 ) {
     let began = Instant::now();
+    relay::guard(&client);
     let served = admission.served().clone();
     let Ok(destination) = client.local_addr().map(unmapped) else {
         return reset(client);

@@ -130,6 +130,7 @@ pub(super) async fn serve(
     admission: Admission,
 ) {
     let began = Instant::now();
+    relay::guard(&app);
     let local = admission.served().local.clone();
     let registered = worker.registry.enter(admission.served().id, None);
     let Ok(destination) = app.local_addr().map(unmapped) else {

@@ -12,8 +12,10 @@
 pub mod capture;
 pub mod cgroup;
 pub mod cleanup;
+pub mod conversation;
 pub mod histogram;
 pub mod http;
+pub mod inventory;
 pub mod lab;
 pub mod load;
 pub mod manifests;

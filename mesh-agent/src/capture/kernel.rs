@@ -623,8 +623,17 @@ fn enter_agent_cgroup(config: &KernelConfig) -> Result<u64, CaptureError> {
     let dir = config.agent_cgroup();
     fs::create_dir_all(&dir).map_err(CaptureError::file("create", &dir))?;
     let procs = dir.join("cgroup.procs");
-    fs::write(&procs, std::process::id().to_string())
-        .map_err(CaptureError::file("enter the cgroup by", &procs))?;
+    let own = std::process::id().to_string();
+    let inside = fs::read_to_string(&procs).map_err(CaptureError::file("read", &procs))?;
+    // Two agents with one set of pins would take the listeners out of each other's hands.
+    if let Some(pid) = inside.lines().find(|pid| **pid != own) {
+        return Err(CaptureError::AnotherAgent {
+            node: config.node.clone(),
+            pid: pid.to_owned(),
+            cgroup: dir,
+        });
+    }
+    fs::write(&procs, own).map_err(CaptureError::file("enter the cgroup by", &procs))?;
     fs::metadata(&dir)
         .map(|metadata| metadata.ino())
         .map_err(CaptureError::file("look at", &dir))

@@ -112,7 +112,9 @@ impl Capture {
     /// at no moment a connection is captured that nobody accepts: listeners, addresses, inbound, outbound.
     ///
     /// # Errors
-    /// Says what failed; everything done until then is undone.
+    /// Says what failed; everything done until then is undone. What an earlier agent had captured stays captured
+    /// instead, without listeners: the kernel then refuses the workload's connections, or lets them pass by its
+    /// failure mode.
     pub async fn enrol(
         &self,
         enrolment: &Enrolment,
@@ -151,7 +153,9 @@ impl Capture {
             .map(|_| ())
             .and_then(|()| self.capture(&enrolled, &listeners, settings))
         {
-            self.undo(&enrolled).await;
+            if former.is_none() {
+                self.undo(&enrolled).await;
+            }
             return Err(error);
         }
         self.lock().insert(
@@ -245,11 +249,12 @@ impl Capture {
         self.kernel.workload(enrolled.local.cookie()).is_some()
     }
 
-    /// Forgets namespaces that an earlier agent captured and nobody enrols any more.
-    pub fn forget_strangers(&self) {
+    /// Forgets namespaces that an earlier agent captured and nobody enrols any more. Those in `kept` stay as they are:
+    /// they are on record and could not be taken over.
+    pub fn forget_strangers(&self, kept: &[NetnsCookie]) {
         let enrolled: Vec<NetnsCookie> = self.lock().values().map(|e| e.local.cookie()).collect();
         for cookie in self.kernel.known_workloads() {
-            if !enrolled.contains(&cookie) {
+            if !enrolled.contains(&cookie) && !kept.contains(&cookie) {
                 tracing::info!(
                     cookie = cookie.0,
                     "forgetting a namespace of an earlier agent"
@@ -258,6 +263,17 @@ impl Capture {
                 self.kernel.forget(cookie);
             }
         }
+    }
+
+    /// Undoes what an earlier agent did for a workload that this one could not take over.
+    ///
+    /// # Errors
+    /// Says what stays behind. A namespace that is gone has nothing left.
+    pub async fn abandon(&self, record: &Record) -> Result<(), CaptureError> {
+        let cookie = NetnsCookie(record.cookie);
+        self.kernel.forget(cookie);
+        self.kernel.detach_workload(cookie);
+        undo_record(record).await
     }
 
     fn check(&self, enrolment: &Enrolment, netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {

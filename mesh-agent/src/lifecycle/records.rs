@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::capture::Record;
 
 /// Name of the file inside the run directory.
-const FILE_NAME: &str = "workloads.json";
+pub(super) const FILE_NAME: &str = "workloads.json";
 /// Largest file read, in bytes: 4096 workloads of 4 KiB each.
 const FILE_MAX_BYTES: u64 = 16 << 20;
 /// Format of the file.

@@ -4,6 +4,7 @@
 use std::{
     io::Write as _,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -181,6 +182,10 @@ fn dead_is_passed_over(world: &World, first: Listener, second: Listener) -> Resu
 fn an_endpoint_whose_agent_is_killed_or_whose_pod_vanishes_is_passed_over() -> Result<()> {
     /// Connections after each fault; those that try the lost endpoint may wait for the agent's limits.
     const DIALS_AFTER: usize = 20;
+    /// Less than the silence after which a tunnel is given up: such a dial has tried it.
+    const SILENCE_MIN: Duration = Duration::from_secs(1);
+    /// The agent's limit for a connect, which no dial shall have to wait for.
+    const CONNECT_LIMIT: Duration = Duration::from_secs(10);
     let mut world = start()?;
     let (first, second) = (world.listen("shop-1", PORT)?, world.listen("shop-2", PORT)?);
     let (served, failed) = spread(&world, &[Some(&first), Some(&second)])?;
@@ -192,25 +197,36 @@ fn an_endpoint_whose_agent_is_killed_or_whose_pod_vanishes_is_passed_over() -> R
 
     // Manifests still say that the endpoints are there and ready. Connections stay open, so that the lost endpoint
     // soon is the less loaded one.
-    let pass_over = |world: &World, shops: [Option<&Listener>; 2], expected: usize| {
-        let before = world.sum("n1", "weft_tunnel_failed_total", &[])?;
-        let mut open = Vec::new();
-        for dial in 0..DIALS_AFTER {
-            let (index, client, server) = dial_service(world, &shops)?.context("a dial failed")?;
-            assert_eq!(index, expected, "dial {dial}");
-            talk(&client, &server)?;
-            open.push((client, server));
-        }
-        let failed = world.sum("n1", "weft_tunnel_failed_total", &[])? - before;
-        ensure!(
-            failed > 0.0,
-            "nobody tried the lost endpoint: nothing was retried"
-        );
-        Ok(())
+    let pass_over =
+        |world: &World, shops: [Option<&Listener>; 2], expected: usize| -> Result<Duration> {
+            let mut open = Vec::new();
+            let mut slowest = Duration::ZERO;
+            for dial in 0..DIALS_AFTER {
+                let began = Instant::now();
+                let (index, client, server) =
+                    dial_service(world, &shops)?.context("a dial failed")?;
+                slowest = slowest.max(began.elapsed());
+                assert_eq!(index, expected, "dial {dial}");
+                talk(&client, &server)?;
+                open.push((client, server));
+            }
+            Ok(slowest)
+        };
+    let tunnels_failed = |world: &World| {
+        world.sum(
+            "n1",
+            "weft_tunnel_failed_total",
+            &[("direction", "outbound")],
+        )
     };
+    let before = tunnels_failed(&world)?;
     let n2 = world.lab.node("n2")?;
     world.mesh.stop_agent(n2, Signal::SIGKILL)?;
     pass_over(&world, [Some(&first), Some(&second)], 1)?;
+    ensure!(
+        tunnels_failed(&world)? > before,
+        "nobody tried the lost endpoint: nothing was retried"
+    );
     world.mesh.start_agent(&world.lab, n2)?;
     world.mesh.wait_ready(&world.lab, n2)?;
     let mut open = Vec::new();
@@ -224,8 +240,20 @@ fn an_endpoint_whose_agent_is_killed_or_whose_pod_vanishes_is_passed_over() -> R
     drop((open, second));
     // What a network plugin does when a pod is deleted.
     let unplug = Program::line("ip link del").arg(POD_INTERFACE);
-    world.lab.run(world.lab.pod("shop-2")?, &unplug, LIMIT)?.ok()?;
-    pass_over(&world, [Some(&first), None], 0)
+    world
+        .lab
+        .run(world.lab.pod("shop-2")?, &unplug, LIMIT)?
+        .ok()?;
+    let slowest = pass_over(&world, [Some(&first), None], 0)?;
+    ensure!(
+        slowest > SILENCE_MIN,
+        "nobody tried the lost endpoint: {slowest:?}"
+    );
+    ensure!(
+        slowest < CONNECT_LIMIT,
+        "{slowest:?}: only the limit ended the wait"
+    );
+    Ok(())
 }
 
 #[test]

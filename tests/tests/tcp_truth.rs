@@ -256,7 +256,15 @@ fn nothing_is_lost_at_the_end_and_half_closed_connections_work() -> Result<()> {
         a_server_that_closes_at_once_is_heard_whole(&world, path, &listener)?;
         a_half_closed_connection_is_answered_whole(&world, path, &listener)?;
     }
+    // The gauge that is waited for does see open connections.
+    let listener = MESH[0].listen(&world)?;
+    let open = MESH[0].pair(&world, &listener)?;
+    (&open.0).write_all(b"here")?;
+    assert_eq!(look(&open.1, 4), Seen::Bytes(b"here".into()));
+    ensure!(world.sum("n1", "weft_connections_open", &[])? > 0.0);
+    drop(open);
     world.wait_nothing_open()?;
+    drop(listener);
     a_server_that_speaks_first_is_heard_at_once(&world)?;
     world.wait_nothing_open()
 }

@@ -3,21 +3,20 @@
 use std::{
     collections::BTreeMap,
     io::Write as _,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
-    time::Duration,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
     capture::LinkCapture,
-    lab::{Families, Lab, LabSpec, Pod, PodSpec},
+    lab::{Addressing, Families, LabSpec, Pod, PodSpec},
     manifests::{self, ServicePort},
-    mesh::{Mesh, MeshSpec},
-    sockets::{Listener, Opener, Seen, look},
+    mesh::MeshSpec,
+    sockets::{Listener, Seen, look},
+    world::{LIMIT, World},
 };
 use serde_json::json;
 
-const LIMIT: Duration = Duration::from_secs(30);
 /// Where applications listen.
 const PORT: u16 = 7000;
 /// Where `cart` listens for both families with one socket.
@@ -31,128 +30,89 @@ const DIALS: usize = 3;
 const SECRET: &[u8] = b"family secret";
 
 /// `web`, `near` and, outside the mesh, `plain` on the first node; `cart` on the second.
-struct World {
-    openers: BTreeMap<String, Opener>,
-    mesh: Mesh,
-    lab: Lab,
+fn start(families: Families) -> Result<World> {
+    let lab = LabSpec::new(families)
+        .node(
+            "n1",
+            [
+                PodSpec::new("web"),
+                PodSpec::new("near"),
+                PodSpec::new("plain").unmeshed(),
+            ],
+        )
+        .node("n2", [PodSpec::new("cart")]);
+    let port = ServicePort {
+        name: "tcp",
+        port: SERVICE_PORT,
+        target: PORT,
+    };
+    let services = ["cart", "near"].map(|app| {
+        let addresses = service_addresses(families, app);
+        manifests::service("default", app, app, &addresses, &[port])
+    });
+    let mesh = MeshSpec::default()
+        .manifest("services", services)
+        .manifest("guard", [deny_web()]);
+    World::start(lab, mesh)
 }
 
-impl World {
-    fn start(families: Families) -> Result<Self> {
-        let spec = LabSpec::new(families)
-            .node(
-                "n1",
-                [
-                    PodSpec::new("web"),
-                    PodSpec::new("near"),
-                    PodSpec::new("plain").unmeshed(),
-                ],
-            )
-            .node("n2", [PodSpec::new("cart")]);
-        let lab = Lab::build(spec)?;
-        let port = ServicePort {
-            name: "tcp",
-            port: SERVICE_PORT,
-            target: PORT,
-        };
-        let services = ["cart", "near"].map(|app| {
-            manifests::service(
-                "default",
-                app,
-                app,
-                &service_addresses(families, app),
-                &[port],
-            )
-        });
-        let mut mesh = MeshSpec::default().manifest("services", services);
-        if families.has_v4() {
-            mesh = mesh.manifest("guard", [deny_address(lab.pod("web")?.address())]);
-        }
-        let mesh = Mesh::start(&lab, mesh)?;
-        let mut openers = BTreeMap::new();
-        for pod in lab.pods() {
-            let name = &pod.spec.name;
-            openers.insert(name.clone(), Opener::start(&lab, pod, name)?);
-        }
-        Ok(Self { lab, mesh, openers })
-    }
+/// Listeners of a pod, one per address.
+fn listen(world: &World, pod: &str) -> Result<BTreeMap<IpAddr, Listener>> {
+    let addresses = world.lab.pod(pod)?.addresses.iter();
+    let listen = |address: &IpAddr| {
+        let listener = world.opener(pod)?.listen(SocketAddr::new(*address, PORT))?;
+        Ok((*address, listener))
+    };
+    addresses.map(listen).collect()
+}
 
-    fn opener(&self, pod: &str) -> Result<&Opener> {
-        self.openers
-            .get(pod)
-            .with_context(|| format!("no pod {pod}"))
-    }
+/// Dials, talks both ways, and checks every address that either application can see.
+fn talk(
+    world: &World,
+    from: &str,
+    to: SocketAddr,
+    listener: &Listener,
+    server_at: SocketAddr,
+) -> Result<()> {
+    let what = format!("{from} to {to}, served at {server_at}");
+    let client = world.dial(from, to)?;
+    let (server, peer) = listener.accept(LIMIT).with_context(|| what.clone())?;
+    (&client).write_all(SECRET)?;
+    assert_eq!(
+        look(&server, SECRET.len()),
+        Seen::Bytes(SECRET.into()),
+        "{what}"
+    );
+    (&server).write_all(SECRET)?;
+    assert_eq!(
+        look(&client, SECRET.len()),
+        Seen::Bytes(SECRET.into()),
+        "{what}"
+    );
 
-    /// Listeners of a pod, one per address.
-    fn listen(&self, pod: &str) -> Result<BTreeMap<IpAddr, Listener>> {
-        let addresses = self.lab.pod(pod)?.addresses.iter();
-        let listen = |address: &IpAddr| {
-            let listener = self.opener(pod)?.listen(SocketAddr::new(*address, PORT))?;
-            Ok((*address, listener))
-        };
-        addresses.map(listen).collect()
-    }
-
-    fn dial(&self, from: &str, to: SocketAddr) -> Result<TcpStream> {
-        let client = self.opener(from)?.connect(to)?;
-        let client = client.with_context(|| format!("{from} cannot connect to {to}"))?;
-        client.set_read_timeout(Some(LIMIT))?;
-        Ok(client)
-    }
-
-    /// Dials, talks both ways, and checks every address that either application can see.
-    fn talk(
-        &self,
-        from: &str,
-        to: SocketAddr,
-        listener: &Listener,
-        server_at: SocketAddr,
-    ) -> Result<()> {
-        let what = format!("{from} to {to}, served at {server_at}");
-        let client = self.dial(from, to)?;
-        let (server, peer) = listener.accept(LIMIT).with_context(|| what.clone())?;
-        (&client).write_all(SECRET)?;
-        assert_eq!(
-            look(&server, SECRET.len()),
-            Seen::Bytes(SECRET.into()),
-            "{what}"
-        );
-        (&server).write_all(SECRET)?;
-        assert_eq!(
-            look(&client, SECRET.len()),
-            Seen::Bytes(SECRET.into()),
-            "{what}"
-        );
-
-        let own = address_like(self.lab.pod(from)?, server_at.ip())?;
-        assert_eq!(
-            peer.ip(),
-            own,
-            "{what}: the client as the server's accept(2) sees it"
-        );
-        assert_eq!(
-            server.peer_addr()?,
-            peer,
-            "{what}: getpeername of the server"
-        );
-        assert_eq!(
-            server.local_addr()?,
-            server_at,
-            "{what}: getsockname of the server"
-        );
-        assert_eq!(client.peer_addr()?, to, "{what}: getpeername of the client");
-        assert_eq!(
-            client.local_addr()?.ip().to_canonical(),
-            own,
-            "{what}: getsockname of the client"
-        );
-        Ok(())
-    }
-
-    fn kernel_count(&self, outcome: &str) -> Result<f64> {
-        let metrics = self.mesh.metrics(self.lab.node("n1")?)?;
-        Ok(metrics.sum("weft_kernel_connections_total", &[("outcome", outcome)]))
-    }
+    let own = address_like(world.lab.pod(from)?, server_at.ip())?;
+    assert_eq!(
+        peer.ip(),
+        own,
+        "{what}: the client as the server's accept(2) sees it"
+    );
+    assert_eq!(
+        server.peer_addr()?,
+        peer,
+        "{what}: getpeername of the server"
+    );
+    assert_eq!(
+        server.local_addr()?,
+        server_at,
+        "{what}: getsockname of the server"
+    );
+    assert_eq!(client.peer_addr()?, to, "{what}: getpeername of the client");
+    assert_eq!(
+        client.local_addr()?.ip().to_canonical(),
+        own,
+        "{what}: getsockname of the client"
+    );
+    Ok(())
 }
 
 fn service_addresses(families: Families, app: &str) -> Vec<IpAddr> {
@@ -183,33 +143,35 @@ fn address_like(pod: &Pod, other: IpAddr) -> Result<IpAddr> {
         .context("both pods have addresses of the same families")
 }
 
-fn deny_address(address: IpAddr) -> serde_json::Value {
+/// Refuses `web` by its IPv4 address.
+fn deny_web() -> serde_json::Value {
+    let web = Addressing::default().pod_v4.octets();
     let spec = json!({
         "selector": { "matchLabels": { "app": "cart" } },
         "action": "DENY",
         "rules": [{
-            "from": [{ "ipBlocks": [address] }],
+            "from": [{ "ipBlocks": [Ipv4Addr::new(web[0], web[1], 1, 1)] }],
             "to": [{ "ports": [GUARDED_PORT] }],
         }],
     });
-    manifests::policy("AuthorizationPolicy", "default", "deny-address", spec)
+    manifests::policy("AuthorizationPolicy", "default", "deny-web", spec)
 }
 
 #[test]
 fn ipv4_only() -> Result<()> {
-    let world = World::start(Families::V4)?;
+    let world = start(Families::V4)?;
     core_scenario(&world)?;
     mapped_addresses_are_ipv4(&world)
 }
 
 #[test]
 fn ipv6_only() -> Result<()> {
-    core_scenario(&World::start(Families::V6)?)
+    core_scenario(&start(Families::V6)?)
 }
 
 #[test]
 fn dual_stack() -> Result<()> {
-    let world = World::start(Families::Dual)?;
+    let world = start(Families::Dual)?;
     core_scenario(&world)?;
     mapped_addresses_are_ipv4(&world)?;
     one_socket_for_both_families(&world)
@@ -219,19 +181,25 @@ fn core_scenario(world: &World) -> Result<()> {
     let capture = LinkCapture::start(&world.lab)?;
     let families = world.lab.families();
     for (from, to) in [("web", "cart"), ("cart", "web"), ("web", "near")] {
-        let in_kernel = world.kernel_count("same_node")?;
-        let listeners = world.listen(to)?;
+        let in_kernel = world.kernel_count("n1", "same_node")?;
+        let listeners = listen(world, to)?;
         for (address, listener) in &listeners {
             let at = SocketAddr::new(*address, PORT);
             for _ in 0..DIALS {
-                world.talk(from, at, listener, at)?;
+                talk(world, from, at, listener, at)?;
             }
             let services = service_addresses(families, to).into_iter();
             let services =
                 services.filter(|service| to != "web" && service.is_ipv4() == address.is_ipv4());
             for service in services {
                 for _ in 0..DIALS {
-                    world.talk(from, SocketAddr::new(service, SERVICE_PORT), listener, at)?;
+                    talk(
+                        world,
+                        from,
+                        SocketAddr::new(service, SERVICE_PORT),
+                        listener,
+                        at,
+                    )?;
                 }
             }
         }
@@ -241,7 +209,7 @@ fn core_scenario(world: &World) -> Result<()> {
             0
         };
         assert_eq!(
-            world.kernel_count("same_node")? - in_kernel,
+            world.kernel_count("n1", "same_node")? - in_kernel,
             expected as f64,
             "{from} to {to}: by the pod's own address, and within the node, all but the first go in the kernel"
         );
@@ -254,25 +222,25 @@ fn core_scenario(world: &World) -> Result<()> {
     );
 
     // From outside the mesh, within the node and across: plaintext, captured inbound.
-    let inbound = world.kernel_count("inbound")?;
+    let inbound = world.kernel_count("n1", "inbound")?;
     for to in ["near", "cart"] {
-        for (address, listener) in &world.listen(to)? {
+        for (address, listener) in &listen(world, to)? {
             let at = SocketAddr::new(*address, PORT);
             for _ in 0..DIALS {
-                world.talk("plain", at, listener, at)?;
+                talk(world, "plain", at, listener, at)?;
             }
         }
     }
     assert!(
-        world.kernel_count("inbound")? > inbound,
+        world.kernel_count("n1", "inbound")? > inbound,
         "plaintext into the mesh is captured"
     );
     // And out of it.
-    for (address, listener) in &world.listen("plain")? {
+    for (address, listener) in &listen(world, "plain")? {
         let at = SocketAddr::new(*address, PORT);
         for from in ["web", "cart"] {
             for _ in 0..DIALS {
-                world.talk(from, at, listener, at)?;
+                talk(world, from, at, listener, at)?;
             }
         }
     }
@@ -290,10 +258,10 @@ fn mapped_addresses_are_ipv4(world: &World) -> Result<()> {
         let at = SocketAddr::new(address, PORT);
         let listener = world.opener(to)?.listen(at)?;
         for _ in 0..DIALS {
-            world.talk("web", mapped(address, PORT), &listener, at)?;
+            talk(world, "web", mapped(address, PORT), &listener, at)?;
         }
         for service in service_addresses(Families::V4, to) {
-            world.talk("web", mapped(service, SERVICE_PORT), &listener, at)?;
+            talk(world, "web", mapped(service, SERVICE_PORT), &listener, at)?;
         }
     }
     let cart = world.lab.pod("cart")?;
@@ -311,7 +279,13 @@ fn mapped_addresses_are_ipv4(world: &World) -> Result<()> {
     );
     // Negative control: the rule names web alone.
     let at = SocketAddr::new(cart.address(), GUARDED_PORT);
-    world.talk("near", mapped(cart.address(), GUARDED_PORT), &listener, at)
+    talk(
+        world,
+        "near",
+        mapped(cart.address(), GUARDED_PORT),
+        &listener,
+        at,
+    )
 }
 
 /// A server whose one socket takes both families sees what it would see without the mesh.

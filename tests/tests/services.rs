@@ -4,20 +4,22 @@
 use std::{
     io::Write as _,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
-    lab::{Families, Lab, LabSpec, PodSpec},
+    lab::{Families, LabSpec, POD_INTERFACE, PodSpec},
     manifests::{self, ServicePort},
-    mesh::{Mesh, MeshSpec},
+    mesh::MeshSpec,
+    process::Program,
     sockets::{Listener, Opener, Seen, look},
     wait,
+    world::{LIMIT, World},
 };
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
-const LIMIT: Duration = Duration::from_secs(30);
 const PORT: u16 = 7000;
 const SERVICE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 96, 0, 1)), 80);
 /// Connections per step.
@@ -27,110 +29,83 @@ const DIALS: usize = 100;
 const SHARE_MIN: usize = 5;
 
 /// `web` on the first node, one pod of the service `shop` on each of two others.
-struct World {
-    web: Opener,
-    shops: [Opener; 2],
-    mesh: Mesh,
-    lab: Lab,
+fn start() -> Result<World> {
+    let shop = |name| PodSpec::new(name).account("shop").label("app", "shop");
+    let lab = LabSpec::new(Families::V4)
+        .node("n1", [PodSpec::new("web")])
+        .node("n2", [shop("shop-1")])
+        .node("n3", [shop("shop-2")]);
+    let port = ServicePort {
+        name: "tcp",
+        port: SERVICE.port(),
+        target: PORT,
+    };
+    let service = manifests::service("default", "shop", "shop", &[SERVICE.ip()], &[port]);
+    World::start(lab, MeshSpec::default().manifest("shop", [service]))
 }
 
-impl World {
-    fn start() -> Result<Self> {
-        let shop = |name| PodSpec::new(name).account("shop").label("app", "shop");
-        let spec = LabSpec::new(Families::V4)
-            .node("n1", [PodSpec::new("web")])
-            .node("n2", [shop("shop-1")])
-            .node("n3", [shop("shop-2")]);
-        let lab = Lab::build(spec)?;
-        let port = ServicePort {
-            name: "tcp",
-            port: SERVICE.port(),
-            target: PORT,
-        };
-        let service = manifests::service("default", "shop", "shop", &[SERVICE.ip()], &[port]);
-        let mesh = Mesh::start(&lab, MeshSpec::default().manifest("shop", [service]))?;
-        let opener = |pod: &str| Opener::start(&lab, lab.pod(pod)?, pod);
-        Ok(Self {
-            web: opener("web")?,
-            shops: [opener("shop-1")?, opener("shop-2")?],
-            mesh,
-            lab,
-        })
-    }
-
-    fn listen(&self, shop: usize) -> Result<Listener> {
-        let name = format!("shop-{}", shop + 1);
-        self.shops[shop].listen(self.lab.pod(&name)?.at(PORT))
-    }
-
-    /// Dials the service and finds out which endpoint got it; `None` where the client saw anything but success.
-    fn dial(
-        &self,
-        shops: &[Option<&Listener>; 2],
-    ) -> Result<Option<(usize, TcpStream, TcpStream)>> {
-        let Ok(client) = self.web.connect(SERVICE)? else {
-            return Ok(None);
-        };
-        client.set_nonblocking(true)?;
-        let arrived = wait::until("the connection to arrive, or to fail", LIMIT, || {
-            for (index, shop) in shops.iter().enumerate() {
-                if let Some(shop) = shop
-                    && shop.has_waiting()?
-                {
-                    return Ok(Some(Some((index, shop.accept(LIMIT)?.0))));
-                }
-            }
-            Ok((look(&client, 1) != Seen::Silence).then_some(None))
-        })?;
-        client.set_nonblocking(false)?;
-        client.set_read_timeout(Some(LIMIT))?;
-        Ok(arrived.map(|(index, server)| (index, client, server)))
-    }
-
-    /// Connections that each endpoint got out of [`DIALS`] that stay open until the last, and those that failed.
-    fn spread(&self, shops: &[Option<&Listener>; 2]) -> Result<([usize; 2], usize)> {
-        let (mut served, mut failed) = ([0; 2], 0);
-        let mut open = Vec::new();
-        for _ in 0..DIALS {
-            match self.dial(shops)? {
-                Some((index, client, server)) => {
-                    talk(&client, &server)?;
-                    served[index] += 1;
-                    open.push((client, server));
-                }
-                None => failed += 1,
+/// Dials the service and finds out which endpoint got it; `None` where the client saw anything but success.
+fn dial_service(
+    world: &World,
+    shops: &[Option<&Listener>; 2],
+) -> Result<Option<(usize, TcpStream, TcpStream)>> {
+    let Ok(client) = world.opener("web")?.connect(SERVICE)? else {
+        return Ok(None);
+    };
+    client.set_nonblocking(true)?;
+    let arrived = wait::until("the connection to arrive, or to fail", LIMIT, || {
+        for (index, shop) in shops.iter().enumerate() {
+            if let Some(shop) = shop
+                && shop.has_waiting()?
+            {
+                return Ok(Some(Some((index, shop.accept(LIMIT)?.0))));
             }
         }
-        Ok((served, failed))
-    }
+        Ok((look(&client, 1) != Seen::Silence).then_some(None))
+    })?;
+    client.set_nonblocking(false)?;
+    client.set_read_timeout(Some(LIMIT))?;
+    Ok(arrived.map(|(index, server)| (index, client, server)))
+}
 
-    fn sum(&self, node: &str, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
-        Ok(self.mesh.metrics(self.lab.node(node)?)?.sum(name, labels))
+/// Connections that each endpoint got out of [`DIALS`] that stay open until the last, and those that failed.
+fn spread(world: &World, shops: &[Option<&Listener>; 2]) -> Result<([usize; 2], usize)> {
+    let (mut served, mut failed) = ([0; 2], 0);
+    let mut open = Vec::new();
+    for _ in 0..DIALS {
+        match dial_service(world, shops)? {
+            Some((index, client, server)) => {
+                talk(&client, &server)?;
+                served[index] += 1;
+                open.push((client, server));
+            }
+            None => failed += 1,
+        }
     }
+    Ok((served, failed))
+}
 
-    /// Marks an endpoint ready or not, and waits until the client's agent has heard of it.
-    fn set_ready(&self, pod: &str, ready: bool) -> Result<()> {
-        let node = self.lab.node_of(pod)?;
-        self.mesh.write_pod(node, self.lab.pod(pod)?, ready)?;
-        let n1 = self.lab.node("n1")?;
-        wait::until("the client's agent to hear of it", LIMIT, || {
-            let dump = self
-                .mesh
-                .weft(&self.lab, n1, &["-o", "json", "dump"])?
-                .ok()?;
-            let dump: Value = serde_json::from_str(&dump)?;
-            let workloads = dump["mesh"]["workloads"]["items"].as_array();
-            let shop = workloads
-                .context("no workloads in the dump")?
-                .iter()
-                .find(|workload| workload["name"] == pod);
-            let usable = shop.is_some_and(|shop| {
-                shop["healthy"] == true
-                    && shop["services"].as_object().is_some_and(|s| !s.is_empty())
-            });
-            Ok((usable == ready).then_some(()))
-        })
-    }
+/// Marks an endpoint ready or not, and waits until the client's agent has heard of it.
+fn set_ready(world: &World, pod: &str, ready: bool) -> Result<()> {
+    let node = world.lab.node_of(pod)?;
+    world.mesh.write_pod(node, world.lab.pod(pod)?, ready)?;
+    let n1 = world.lab.node("n1")?;
+    wait::until("the client's agent to hear of it", LIMIT, || {
+        let dump = world
+            .mesh
+            .weft(&world.lab, n1, &["-o", "json", "dump"])?
+            .ok()?;
+        let dump: Value = serde_json::from_str(&dump)?;
+        let workloads = dump["mesh"]["workloads"]["items"].as_array();
+        let shop = workloads
+            .context("no workloads in the dump")?
+            .iter()
+            .find(|workload| workload["name"] == pod);
+        let usable = shop.is_some_and(|shop| {
+            shop["healthy"] == true && shop["services"].as_object().is_some_and(|s| !s.is_empty())
+        });
+        Ok((usable == ready).then_some(()))
+    })
 }
 
 fn talk(client: &TcpStream, server: &TcpStream) -> Result<()> {
@@ -143,37 +118,37 @@ fn talk(client: &TcpStream, server: &TcpStream) -> Result<()> {
 
 #[test]
 fn a_service_spreads_connections_and_passes_over_dead_and_unready_endpoints() -> Result<()> {
-    let world = World::start()?;
-    let (first, second) = (world.listen(0)?, world.listen(1)?);
-    let (served, failed) = world.spread(&[Some(&first), Some(&second)])?;
+    let world = &start()?;
+    let (first, second) = (world.listen("shop-1", PORT)?, world.listen("shop-2", PORT)?);
+    let (served, failed) = spread(world, &[Some(&first), Some(&second)])?;
     assert_eq!(failed, 0);
     assert!(served.iter().all(|count| *count >= SHARE_MIN), "{served:?}");
 
-    unready_gets_nothing_new(&world, &first, &second)?;
-    dead_is_passed_over(&world, first, second)
+    unready_gets_nothing_new(world, &first, &second)?;
+    dead_is_passed_over(world, first, second)
 }
 
 fn unready_gets_nothing_new(world: &World, first: &Listener, second: &Listener) -> Result<()> {
     let shops = [Some(first), Some(second)];
     let mut others = Vec::new();
     let (_, client, server) = wait::until("a connection to the second endpoint", LIMIT, || {
-        let dialled = world.dial(&shops)?.context("a dial failed")?;
+        let dialled = dial_service(world, &shops)?.context("a dial failed")?;
         if dialled.0 == 1 {
             return Ok(Some(dialled));
         }
         others.push(dialled);
         Ok(None)
     })?;
-    world.set_ready("shop-2", false)?;
+    set_ready(world, "shop-2", false)?;
     assert_eq!(
-        world.spread(&shops)?,
+        spread(world, &shops)?,
         ([DIALS, 0], 0),
         "the second is not ready"
     );
     talk(&client, &server).context("an established connection stays")?;
     // Negative control: ready again, it is used again.
-    world.set_ready("shop-2", true)?;
-    let (served, failed) = world.spread(&shops)?;
+    set_ready(world, "shop-2", true)?;
+    let (served, failed) = spread(world, &shops)?;
     assert_eq!(failed, 0);
     assert!(served[1] >= SHARE_MIN, "{served:?}");
     Ok(())
@@ -187,7 +162,7 @@ fn dead_is_passed_over(world: &World, first: Listener, second: Listener) -> Resu
     let before = refused()?;
     // As when the process ends: its port is closed, and manifests do not say so yet.
     drop(first);
-    let (served, failed) = world.spread(&[None, Some(&second)])?;
+    let (served, failed) = spread(world, &[None, Some(&second)])?;
     assert_eq!(
         (served, failed),
         ([0, DIALS], 0),
@@ -199,13 +174,91 @@ fn dead_is_passed_over(world: &World, first: Listener, second: Listener) -> Resu
     );
     // Negative control: with both dead, clients do see it.
     drop(second);
-    assert!(world.dial(&[None, None])?.is_none());
+    assert!(dial_service(world, &[None, None])?.is_none());
+    Ok(())
+}
+
+#[test]
+fn an_endpoint_whose_agent_is_killed_or_whose_pod_vanishes_is_passed_over() -> Result<()> {
+    /// Connections after each fault; those that try the lost endpoint may wait for the agent's limits.
+    const DIALS_AFTER: usize = 20;
+    /// Less than the silence after which a tunnel is given up: such a dial has tried it.
+    const SILENCE_MIN: Duration = Duration::from_secs(1);
+    /// The agent's limit for a connect, which no dial shall have to wait for.
+    const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+    let mut world = start()?;
+    let (first, second) = (world.listen("shop-1", PORT)?, world.listen("shop-2", PORT)?);
+    let (served, failed) = spread(&world, &[Some(&first), Some(&second)])?;
+    assert_eq!(failed, 0);
+    assert!(
+        served.iter().all(|count| *count > 0),
+        "tunnels to both: {served:?}"
+    );
+
+    // Manifests still say that the endpoints are there and ready. Connections stay open, so that the lost endpoint
+    // soon is the less loaded one.
+    let pass_over =
+        |world: &World, shops: [Option<&Listener>; 2], expected: usize| -> Result<Duration> {
+            let mut open = Vec::new();
+            let mut slowest = Duration::ZERO;
+            for dial in 0..DIALS_AFTER {
+                let began = Instant::now();
+                let (index, client, server) =
+                    dial_service(world, &shops)?.context("a dial failed")?;
+                slowest = slowest.max(began.elapsed());
+                assert_eq!(index, expected, "dial {dial}");
+                talk(&client, &server)?;
+                open.push((client, server));
+            }
+            Ok(slowest)
+        };
+    let tunnels_failed = |world: &World| {
+        world.sum(
+            "n1",
+            "weft_tunnel_failed_total",
+            &[("direction", "outbound")],
+        )
+    };
+    let before = tunnels_failed(&world)?;
+    let n2 = world.lab.node("n2")?;
+    world.mesh.stop_agent(n2, Signal::SIGKILL)?;
+    pass_over(&world, [Some(&first), Some(&second)], 1)?;
+    ensure!(
+        tunnels_failed(&world)? > before,
+        "nobody tried the lost endpoint: nothing was retried"
+    );
+    world.mesh.start_agent(&world.lab, n2)?;
+    world.mesh.wait_ready(&world.lab, n2)?;
+    let mut open = Vec::new();
+    wait::until("the first endpoint to be used again", LIMIT, || {
+        let found = dial_service(&world, &[Some(&first), Some(&second)])?;
+        let found = found.context("a dial failed")?;
+        let back = found.0 == 0;
+        open.push(found);
+        Ok(back.then_some(()))
+    })?;
+    drop((open, second));
+    // What a network plugin does when a pod is deleted.
+    let unplug = Program::line("ip link del").arg(POD_INTERFACE);
+    world
+        .lab
+        .run(world.lab.pod("shop-2")?, &unplug, LIMIT)?
+        .ok()?;
+    let slowest = pass_over(&world, [Some(&first), None], 0)?;
+    ensure!(
+        slowest > SILENCE_MIN,
+        "nobody tried the lost endpoint: {slowest:?}"
+    );
+    ensure!(
+        slowest < CONNECT_LIMIT,
+        "{slowest:?}: only the limit ended the wait"
+    );
     Ok(())
 }
 
 #[test]
 fn what_is_outside_the_mesh_is_left_to_the_kernel_after_the_first_connection() -> Result<()> {
-    let world = World::start()?;
+    let world = &start()?;
     // A machine that no manifest knows.
     let node = world.lab.node("n2")?;
     let outside = SocketAddr::new(node.address(), PORT);
@@ -213,7 +266,7 @@ fn what_is_outside_the_mesh_is_left_to_the_kernel_after_the_first_connection() -
     let listener = server.listen(outside)?;
     let web = world.lab.pod("web")?.address();
     let connect = || -> Result<()> {
-        let client = world.web.connect(outside)??;
+        let client = world.opener("web")?.connect(outside)??;
         client.set_read_timeout(Some(LIMIT))?;
         let (server, peer) = listener.accept(LIMIT)?;
         assert_eq!(peer.ip(), web, "the server sees the pod");
@@ -226,13 +279,7 @@ fn what_is_outside_the_mesh_is_left_to_the_kernel_after_the_first_connection() -
             &[("direction", "outbound")],
         )
     };
-    let by_kernel = |outcome| {
-        world.sum(
-            "n1",
-            "weft_kernel_connections_total",
-            &[("outcome", outcome)],
-        )
-    };
+    let by_kernel = |outcome| world.kernel_count("n1", outcome);
 
     let (agent, passed) = (by_agent()?, by_kernel("passed")?);
     connect()?;
@@ -251,7 +298,7 @@ fn what_is_outside_the_mesh_is_left_to_the_kernel_after_the_first_connection() -
     );
 
     // A change of the mesh voids it: the destination might be in it now.
-    world.set_ready("shop-1", false)?;
+    set_ready(world, "shop-1", false)?;
     wait::until("the agent to be asked again", LIMIT, || {
         connect()?;
         Ok((by_agent()? > agent + 1.0).then_some(()))

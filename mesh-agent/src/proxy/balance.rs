@@ -176,6 +176,13 @@ impl Balancer {
     /// The connection stands, after `latency`. It stays in flight until [`Balancer::finished`].
     pub fn connected(&mut self, now: Instant, address: SocketAddr, latency: Duration) {
         self.aside.remove(&address);
+        self.observe(now, address, latency);
+        if let Some(track) = self.tracked.get_mut(&address) {
+            track.failures = 0;
+        }
+    }
+
+    fn observe(&mut self, now: Instant, address: SocketAddr, latency: Duration) {
         let decay = self.limits.latency_decay;
         if let Some(track) = self.tracked.get_mut(&address) {
             let (old, new) = (track.latency_at(now, decay), latency.as_secs_f64());
@@ -187,13 +194,15 @@ impl Balancer {
                 track.latency_secs * kept + new * (1.0 - kept)
             };
             track.observed = now;
-            track.failures = 0;
         }
     }
 
-    /// The connection could not be opened; it is not in flight any more, and the endpoint is put aside.
-    pub fn failed(&mut self, now: Instant, address: SocketAddr) {
+    /// The connection could not be opened, which took `latency`; it is not in flight any more, and the endpoint is put
+    /// aside. Time lost counts like the time of a slow connect: an endpoint that vanished without a word is then
+    /// avoided for longer than one that refuses at once.
+    pub fn failed(&mut self, now: Instant, address: SocketAddr, latency: Duration) {
         self.finished(address);
+        self.observe(now, address, latency);
         let BalanceLimits {
             aside_min,
             aside_max,
@@ -350,7 +359,7 @@ mod tests {
 
     fn fail(balancer: &mut Balancer, now: Instant, index: usize) {
         balancer.started(now, address(index));
-        balancer.failed(now, address(index));
+        balancer.failed(now, address(index), Duration::ZERO);
     }
 
     #[test]
@@ -426,6 +435,19 @@ mod tests {
             100,
         );
         assert!(counts[1] > 25, "it gets another chance: {counts:?}");
+    }
+
+    #[test]
+    fn an_endpoint_that_fails_slowly_is_avoided_beyond_its_time_aside() {
+        let (now, endpoints, mut balancer) =
+            (Instant::now(), endpoints(&[(0, 1), (0, 1)]), balancer());
+        balancer.started(now, address(0));
+        balancer.failed(now, address(0), Duration::from_secs(2));
+        let later = now + BalanceLimits::default().aside_min;
+        assert_eq!(shares(&mut balancer, later, &endpoints, 100), [0, 100]);
+        let later = now + Duration::from_secs(120);
+        let counts = shares(&mut balancer, later, &endpoints, 100);
+        assert!(counts[0] > 25, "it gets another chance: {counts:?}");
     }
 
     #[test]

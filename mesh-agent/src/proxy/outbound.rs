@@ -39,6 +39,10 @@ const ENDPOINT_ATTEMPTS: usize = 2;
 /// Tunnels that are tried for one endpoint when the peer says that it has not looked at the stream.
 const TUNNEL_ATTEMPTS: usize = 3;
 
+/// How long a tunnel's peer may leave a CONNECT unacknowledged, by TCP, before another endpoint is tried: several
+/// retransmissions. The peer, or the way to it, is gone, and keepalive will say so only later.
+const SILENCE_MAX: Duration = Duration::from_secs(2);
+
 /// Why an outbound connection did not come about.
 #[derive(Debug, thiserror::Error)]
 pub enum OutboundError {
@@ -317,7 +321,7 @@ impl<'a> Attempt<'a> {
                     return Ok(upstream);
                 }
                 Err(error) if error.elsewhere() => {
-                    in_flight.failed();
+                    in_flight.failed(began.elapsed());
                     exclude = Some(endpoint.address);
                     last = error;
                 }
@@ -389,8 +393,7 @@ impl<'a> Attempt<'a> {
         let mut last = TunnelError::NotTaken;
         for _ in 0..TUNNEL_ATTEMPTS {
             let lease = self.worker.pool.lease(&key, &context).await?;
-            let opened = timeout(limit, lease.tunnel().client.open(request.clone())).await;
-            match opened.unwrap_or(Err(TunnelError::TimedOut("answer CONNECT"))) {
+            match open_stream(&lease, request.clone(), limit, !self.single).await {
                 Ok((stream, _)) => return Ok(Upstream::Tunnel(stream, lease)),
                 Err(error @ TunnelError::NotTaken) => last = error,
                 // The tunnel had died unnoticed: no byte was passed on, so a new one may try.
@@ -509,6 +512,28 @@ impl<'a> Attempt<'a> {
     }
 }
 
+/// Opens a stream. Where there are other endpoints, a tunnel whose peer is silent is retired and not waited for.
+async fn open_stream(
+    lease: &Lease<Dialer>,
+    request: ConnectRequest,
+    limit: Duration,
+    others: bool,
+) -> Result<(TunnelStream, HeaderMap), TunnelError> {
+    let client = &lease.tunnel().client;
+    let mut open = pin!(client.open(request));
+    if let Ok(opened) = timeout(SILENCE_MAX, &mut open).await {
+        return opened;
+    }
+    // Half of it: the last acknowledgement may be that of an earlier stream.
+    if others && client.unanswered_for() >= SILENCE_MAX / 2 {
+        lease.retire();
+        return Err(TunnelError::TimedOut("acknowledge CONNECT"));
+    }
+    timeout(limit.saturating_sub(SILENCE_MAX), open)
+        .await
+        .unwrap_or(Err(TunnelError::TimedOut("answer CONNECT")))
+}
+
 fn kernel_eligible(source: &Workload, destination: &Workload, node: &str) -> bool {
     let wish = |workload: &Workload| workload.capture.same_node == SameNode::Kernel;
     *destination.node == *node
@@ -544,10 +569,10 @@ impl InFlight {
         balancer.connected(Instant::now(), self.address, took);
     }
 
-    fn failed(mut self) {
+    fn failed(mut self, latency: Duration) {
         self.counted = false;
         let mut balancer = self.worker.balancer.borrow_mut();
-        balancer.failed(Instant::now(), self.address);
+        balancer.failed(Instant::now(), self.address, latency);
     }
 }
 

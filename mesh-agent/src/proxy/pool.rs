@@ -110,11 +110,13 @@ struct Slot<C: Connector> {
     context: C::Context,
     streams: Cell<usize>,
     idle_since: Cell<Instant>,
+    /// Gets no new streams.
+    retired: Cell<bool>,
 }
 
 impl<C: Connector> Slot<C> {
     fn usable(&self, context: &C::Context) -> bool {
-        self.tunnel.is_open() && C::interchangeable(&self.context, context)
+        self.tunnel.is_open() && !self.retired.get() && C::interchangeable(&self.context, context)
     }
 }
 
@@ -128,6 +130,11 @@ impl<C: Connector> Lease<C> {
     #[must_use]
     pub fn tunnel(&self) -> &C::Tunnel {
         &self.slot.tunnel
+    }
+
+    /// Keeps new streams off the tunnel; those that are on it stay until they or it end.
+    pub fn retire(&self) {
+        self.slot.retired.set(true);
     }
 }
 
@@ -270,6 +277,7 @@ impl<C: Connector> Pool<C> {
                         context,
                         streams: Cell::new(0),
                         idle_since: Cell::new(Instant::now()),
+                        retired: Cell::new(false),
                     };
                     settle.entry.tunnels.borrow_mut().push(Rc::new(slot));
                     None
@@ -287,8 +295,9 @@ impl<C: Connector> Pool<C> {
             let mut tunnels = entry.tunnels.borrow_mut();
             let before = tunnels.len();
             tunnels.retain(|slot| {
-                let idle = slot.streams.get() == 0
-                    && now.duration_since(slot.idle_since.get()) >= self.idle;
+                let unused_for = now.duration_since(slot.idle_since.get());
+                let idle =
+                    slot.streams.get() == 0 && (slot.retired.get() || unused_for >= self.idle);
                 slot.tunnel.is_open() && !idle
             });
             if tunnels.len() < before {

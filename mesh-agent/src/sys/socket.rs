@@ -4,6 +4,7 @@ use std::{
     io,
     mem::{MaybeUninit, size_of},
     os::fd::{AsRawFd, BorrowedFd},
+    time::Duration,
 };
 
 use super::netns::NetnsCookie;
@@ -93,6 +94,18 @@ pub fn tcp_statistics(socket: BorrowedFd<'_>) -> io::Result<TcpStatistics> {
     Ok(TcpStatistics {
         rtt_us: info.tcpi_rtt,
         retransmits: info.tcpi_total_retrans,
+    })
+}
+
+/// For how long the peer of a TCP socket has acknowledged nothing although something is on its way to it.
+///
+/// # Errors
+/// Those of `getsockopt(2)`.
+pub fn unanswered_for(socket: BorrowedFd<'_>) -> io::Result<Duration> {
+    let info = get::<libc::tcp_info>(socket, libc::SOL_TCP, libc::TCP_INFO)?;
+    Ok(match info.tcpi_unacked {
+        0 => Duration::ZERO,
+        _ => Duration::from_millis(info.tcpi_last_ack_recv.into()),
     })
 }
 

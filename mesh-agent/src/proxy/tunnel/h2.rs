@@ -32,7 +32,7 @@ use crate::{
         MAX_LOCAL_ERROR_RESETS, MAX_LOCAL_RESET_STREAMS, MAX_PENDING_RESET_STREAMS,
         SERVER_HEADER_LIST_BYTES, STREAM_SEND_BUFFER_BYTES, STREAM_WINDOW_BYTES,
     },
-    sys::socket::{TcpStatistics, tcp_statistics},
+    sys::socket::{TcpStatistics, tcp_statistics, unanswered_for},
 };
 
 /// The client end.
@@ -96,6 +96,13 @@ impl Client {
 
     pub(super) fn peer_streams(&self) -> usize {
         self.requests.current_max_send_streams()
+    }
+
+    pub(super) fn unanswered_for(&self) -> Duration {
+        let socket = self.socket.as_ref();
+        socket
+            .and_then(|socket| unanswered_for(socket.as_fd()).ok())
+            .unwrap_or_default()
     }
 
     pub(super) fn tcp_statistics(&self) -> Option<TcpStatistics> {

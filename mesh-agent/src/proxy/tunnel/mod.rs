@@ -8,6 +8,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -150,6 +151,14 @@ impl TunnelClient {
     ) -> Result<(TunnelStream, HeaderMap), TunnelError> {
         match self {
             Self::H2(client) => client.open(request).await,
+        }
+    }
+
+    /// For how long the peer's kernel has acknowledged nothing of what is on its way; zero when that is unknown.
+    #[must_use]
+    pub fn unanswered_for(&self) -> Duration {
+        match self {
+            Self::H2(client) => client.unanswered_for(),
         }
     }
 

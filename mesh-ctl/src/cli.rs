@@ -10,6 +10,12 @@ const SECONDS_MAX: f64 = 3600.0;
 /// Shortest interval between two samples of `weft top`, in seconds: below it the rates are noise.
 const INTERVAL_MIN_SECONDS: f64 = 0.1;
 
+/// The agent gives up a request by itself after 60 seconds and the sending of its answer after 10 more.
+const CHANGE_DEADLINE: Duration = Duration::from_secs(75);
+
+/// What the agent knows it tells at once, unless it is hung.
+const QUESTION_DEADLINE: Duration = Duration::from_secs(15);
+
 /// Operate Weft on this node: enrol workloads, see what the agent does, check the machine.
 ///
 /// Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 the agent could not be reached.
@@ -30,12 +36,24 @@ pub struct Cli {
     #[arg(short, long, value_enum, default_value_t = Output::Table, global = true)]
     pub output: Output,
 
-    /// How long to wait for the agent's answer, in seconds.
-    #[arg(long, default_value = "30", value_parser = wait, value_name = "SECONDS", global = true)]
-    pub timeout: Duration,
+    /// How long to wait for the agent's answer, in seconds; 75 for changes and 15 for questions when absent.
+    #[arg(long, value_parser = wait, value_name = "SECONDS", global = true)]
+    pub timeout: Option<Duration>,
 
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// How long to wait for the agent's answer.
+    pub fn deadline(&self) -> Duration {
+        self.timeout.unwrap_or(match self.command {
+            Command::Enroll(_) | Command::Unenroll(_) => CHANGE_DEADLINE,
+            Command::Status | Command::Check(_) | Command::Dump | Command::Top(_) => {
+                QUESTION_DEADLINE
+            }
+        })
+    }
 }
 
 /// How to print.
@@ -162,7 +180,7 @@ mod tests {
     fn defaults_are_those_of_an_installed_node() {
         let cli = parse("weft top").expect("no argument needed");
         assert_eq!(cli.output, Output::Table);
-        assert_eq!(cli.timeout, Duration::from_secs(30));
+        assert_eq!(cli.deadline(), QUESTION_DEADLINE);
         let Command::Top(args) = cli.command else {
             panic!("not top")
         };

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     thread,
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use mesh_api::local::{Edge, Enrolment, Request, Response};
@@ -72,7 +72,7 @@ impl Failure {
 /// # Errors
 /// See [`Failure`]; its [`Failure::exit`] is the process's exit code.
 pub fn run(cli: &Cli, out: &mut impl Write) -> Result<Exit, Failure> {
-    let client = Client::new(&cli.run_dir, cli.timeout);
+    let client = Client::new(&cli.run_dir, cli.deadline());
     match &cli.command {
         Command::Check(args) => {
             let findings = check::run(args, &cli.run_dir, &client);
@@ -190,7 +190,7 @@ fn show_top(
     let (mut before, mut taken) = (edges(client)?, Instant::now());
     let clear = args.watch && output == Output::Table && io::stdout().is_terminal();
     loop {
-        thread::sleep(args.interval);
+        pause(args.interval);
         let (after, now) = (edges(client)?, Instant::now());
         let rows = top::rates(&before, &after, now.duration_since(taken));
         match output {
@@ -205,6 +205,18 @@ fn show_top(
             return Ok(Exit::Done);
         }
         (before, taken) = (after, now);
+    }
+}
+
+/// Lets the interval between two samples pass; parking may end early.
+fn pause(interval: Duration) {
+    let end = Instant::now() + interval;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        thread::park_timeout(left);
     }
 }
 

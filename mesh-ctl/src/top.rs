@@ -1,6 +1,6 @@
 //! Rates of edges between two samples.
 
-use std::{cmp::Ordering, collections::HashMap, net::SocketAddr, time::Duration};
+use std::{cmp::Ordering, collections::BTreeMap, time::Duration};
 
 use mesh_api::local::Edge;
 use serde::Serialize;
@@ -22,35 +22,54 @@ pub struct EdgeRates {
     pub received_bytes_per_second: f64,
 }
 
-/// What makes two rows of two samples the same edge.
-type Key<'a> = (&'a str, &'a str, &'a str, Option<SocketAddr>, &'a str);
+/// What makes two rows of two samples the same edge. The address is not part of it: a service's edge shows the one
+/// that was dialled last.
+type Key<'a> = (&'a str, &'a str, &'a str, &'a str);
 
 fn key(edge: &Edge) -> Key<'_> {
     (
         &edge.direction,
         &edge.source,
         &edge.destination,
-        edge.destination_address,
         &edge.security,
     )
 }
 
+/// A sample with one row per edge: the agent also tells edges apart by identities, which rows do not show.
+fn merged(sample: &[Edge]) -> BTreeMap<Key<'_>, Edge> {
+    let mut edges: BTreeMap<Key<'_>, Edge> = BTreeMap::new();
+    for edge in sample {
+        let Some(row) = edges.get_mut(&key(edge)) else {
+            edges.insert(key(edge), edge.clone());
+            continue;
+        };
+        row.open = row.open.saturating_add(edge.open);
+        row.opened = row.opened.saturating_add(edge.opened);
+        row.failed = row.failed.saturating_add(edge.failed);
+        row.bytes_sent = row.bytes_sent.saturating_add(edge.bytes_sent);
+        row.bytes_received = row.bytes_received.saturating_add(edge.bytes_received);
+        row.rtt_us = row.rtt_us.max(edge.rtt_us);
+        row.destination_address = row.destination_address.or(edge.destination_address);
+    }
+    edges
+}
+
 /// The later sample's edges with their rates, the busiest first.
 pub fn rates(before: &[Edge], after: &[Edge], elapsed: Duration) -> Vec<EdgeRates> {
-    let earlier: HashMap<Key<'_>, &Edge> = before.iter().map(|edge| (key(edge), edge)).collect();
-    let mut rows: Vec<EdgeRates> = after
-        .iter()
-        .map(|edge| {
-            let was = earlier.get(&key(edge));
+    let earlier = merged(before);
+    let mut rows: Vec<EdgeRates> = merged(after)
+        .into_iter()
+        .map(|(key, edge)| {
+            let was = earlier.get(&key);
             let rate = |counter: fn(&Edge) -> u64| {
-                per_second(was.map_or(0, |was| counter(was)), counter(edge), elapsed)
+                per_second(was.map_or(0, counter), counter(&edge), elapsed)
             };
             EdgeRates {
                 opened_per_second: rate(|edge| edge.opened),
                 failed_per_second: rate(|edge| edge.failed),
                 sent_bytes_per_second: rate(|edge| edge.bytes_sent),
                 received_bytes_per_second: rate(|edge| edge.bytes_received),
-                edge: edge.clone(),
+                edge,
             }
         })
         .collect();
@@ -125,6 +144,27 @@ pub mod tests {
         };
         assert_eq!(opened("shop/db"), Some(4.0));
         assert_eq!(opened("shop/cache"), Some(10.0));
+    }
+
+    #[test]
+    fn a_service_whose_next_endpoint_was_dialled_is_the_same_edge() {
+        let before = [edge("shop/web", "shop/db")];
+        let mut later = before[0].clone();
+        later.destination_address = "10.77.2.99:80".parse().ok();
+        later.opened += 1;
+        let rows = rates(&before, &[later], Duration::from_secs(1));
+        assert_eq!(rows[0].opened_per_second, 1.0);
+    }
+
+    #[test]
+    fn edges_that_differ_in_identity_only_are_one_row() {
+        let two = [edge("shop/web", "shop/db"), edge("shop/web", "shop/db")];
+        let mut later = two.clone();
+        later[0].opened += 1;
+        later[1].opened += 2;
+        let rows = rates(&two, &later, Duration::from_secs(1));
+        assert_eq!(rows.len(), 1);
+        assert_eq!((rows[0].opened_per_second, rows[0].edge.opened), (3.0, 23));
     }
 
     #[test]

@@ -139,29 +139,55 @@ pub fn top(rows: &[EdgeRates]) -> String {
 
 /// `weft dump`: one block per section; lists of objects become tables, everything else is shown as JSON.
 pub fn dump(state: &Value) -> String {
-    let Value::Object(sections) = state else {
-        return pretty(state);
-    };
     let mut text = String::new();
-    for (name, section) in sections {
-        if !text.is_empty() {
-            text.push('\n');
-        }
-        match section {
-            Value::Array(entries) => {
-                push_line(
-                    &mut text,
-                    format_args!("{} ({})", printable(name), entries.len()),
-                );
-                text.push_str(&entries_table(entries).unwrap_or_else(|| pretty(section)));
-            }
-            other => {
-                push_line(&mut text, format_args!("{}", printable(name)));
-                text.push_str(&pretty(other));
+    match state {
+        Value::Object(sections) => {
+            for (name, section) in sections {
+                push_section(&mut text, name, section);
             }
         }
+        other => text = pretty(other),
     }
     text
+}
+
+fn push_section(text: &mut String, name: &str, section: &Value) {
+    let separator = if text.is_empty() { "" } else { "\n" };
+    match section {
+        Value::Array(entries) => {
+            push_line(
+                text,
+                format_args!("{separator}{} ({})", printable(name), entries.len()),
+            );
+            text.push_str(&entries_table(entries).unwrap_or_else(|| pretty(section)));
+        }
+        Value::Object(fields) if fields.values().any(holds_table) => {
+            let (tables, plain): (Vec<_>, Vec<_>) =
+                fields.iter().partition(|(_, value)| holds_table(value));
+            if !plain.is_empty() {
+                let plain = plain
+                    .into_iter()
+                    .map(|(key, value)| (key.clone(), value.clone()));
+                push_section(text, name, &Value::Object(plain.collect()));
+            }
+            for (key, value) in tables {
+                push_section(text, &format!("{name}.{key}"), value);
+            }
+        }
+        other => {
+            push_line(text, format_args!("{separator}{}", printable(name)));
+            text.push_str(&pretty(other));
+        }
+    }
+}
+
+/// Whether a list of objects is somewhere in it. The reader of the JSON bounds the depth.
+fn holds_table(value: &Value) -> bool {
+    match value {
+        Value::Array(entries) => !entries.is_empty() && entries.iter().all(Value::is_object),
+        Value::Object(fields) => fields.values().any(holds_table),
+        _ => false,
+    }
 }
 
 /// A table of a list of objects; absent for an empty list or one of other things.
@@ -342,12 +368,16 @@ outbound   shop/web  shop/db      10.77.2.11:80  mutual_tls     2     120       
                 {"name": "shop/web", "vips": ["10.96.0.1"]},
                 {"name": "shop/db", "note": "x".repeat(70)},
             ],
+            "zone": {"name": "a", "workloads": {"total": 1, "items": [{"uid": "u"}]}},
         });
         let expected = format!(
             "generation\n7\n\npolicies (0)\n\nservices (2)\n\
              NAME      VIPS           NOTE\n\
              shop/web  [\"10.96.0.1\"]  -\n\
-             shop/db   -              {}…\n",
+             shop/db   -              {}…\n\
+             \nzone\n{{\n  \"name\": \"a\"\n}}\n\
+             \nzone.workloads\n{{\n  \"total\": 1\n}}\n\
+             \nzone.workloads.items (1)\nUID\nu\n",
             "x".repeat(60)
         );
         assert_eq!(dump(&state), expected);

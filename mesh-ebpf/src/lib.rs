@@ -302,23 +302,30 @@ const _: () = {
 };
 
 #[cfg(feature = "user")]
-#[allow(unsafe_code)]
+#[expect(
+    unsafe_code,
+    reason = "aya asks for a promise that these are plain bytes"
+)]
 mod user {
-    // SAFETY: every type is repr(C), made of integers only and without implicit padding (the size asserts above).
-    mod pod {
-        use aya::Pod;
-        unsafe impl Pod for crate::Address {}
-        unsafe impl Pod for crate::Workload {}
-        unsafe impl Pod for crate::ListenerKey {}
-        unsafe impl Pod for crate::EdgeKey {}
-        unsafe impl Pod for crate::Verdict {}
-        unsafe impl Pod for crate::Destination {}
-        unsafe impl Pod for crate::FlowKey {}
-        unsafe impl Pod for crate::Flow {}
-        unsafe impl Pod for crate::FastSocket {}
-        unsafe impl Pod for crate::EdgeCounters {}
-        unsafe impl Pod for crate::Globals {}
+    macro_rules! pod {
+        ($($name:ident),* $(,)?) => {
+            // SAFETY: the type is repr(C), made of integers only and without implicit padding (the size asserts above).
+            $(unsafe impl aya::Pod for crate::$name {})*
+        };
     }
+    pod!(
+        Address,
+        Workload,
+        ListenerKey,
+        EdgeKey,
+        Verdict,
+        Destination,
+        FlowKey,
+        Flow,
+        FastSocket,
+        EdgeCounters,
+        Globals,
+    );
 }
 
 #[cfg(test)]

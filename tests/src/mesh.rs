@@ -495,6 +495,15 @@ impl Mesh {
         )
     }
 
+    /// What the running control plane has logged; empty without one.
+    #[must_use]
+    pub fn control_log(&self) -> String {
+        self.control
+            .as_ref()
+            .map(Running::stderr)
+            .unwrap_or_default()
+    }
+
     fn tokens_file(&self) -> PathBuf {
         self.directory.join("node-tokens")
     }

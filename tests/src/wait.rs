@@ -14,7 +14,7 @@ use crate::netns;
 /// condition needs to come true on a machine of two cores.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Longest wait for one TCP connect of [`port`].
+/// Longest wait for one TCP connect of [`accepts`].
 const CONNECT_LIMIT: Duration = Duration::from_millis(500);
 
 /// Looks at a condition until it yields a value, for at most `limit`.
@@ -38,18 +38,14 @@ pub fn until<T>(
     }
 }
 
-/// Waits until something accepts TCP connections on `address`, dialled from the network namespace `netns`.
+/// Whether something accepts TCP connections on `address`, dialled from the network namespace `netns`.
 ///
 /// # Errors
-/// Nothing accepts within `limit`, or the namespace cannot be entered.
-pub fn port(netns: &Path, address: SocketAddr, limit: Duration) -> Result<()> {
+/// The namespace cannot be entered.
+pub fn accepts(netns: &Path, address: SocketAddr) -> Result<bool> {
     netns::within(netns, || {
-        until(&format!("{address} to accept connections"), limit, || {
-            Ok(TcpStream::connect_timeout(&address, CONNECT_LIMIT)
-                .ok()
-                .map(drop))
-        })
-    })?
+        TcpStream::connect_timeout(&address, CONNECT_LIMIT).is_ok()
+    })
 }
 
 /// Blocks until the clock shows `at`: how a load generator keeps its rate.

@@ -35,6 +35,18 @@ pub enum CaptureError {
         /// Why.
         source: io::Error,
     },
+    /// Another process is in the agent's cgroup.
+    #[error(
+        "another agent of node {node} is running (process {pid} is in {cgroup}); stop it first, or give this one a --node name of its own"
+    )]
+    AnotherAgent {
+        /// The node.
+        node: String,
+        /// The process, as the kernel names it here; 0 is one of another PID namespace.
+        pid: String,
+        /// The cgroup of that node's agents.
+        cgroup: PathBuf,
+    },
     /// The folder is not on the file system it must be on.
     #[error(
         "{path} is not on a {expected} file system; mount it with `{hint}`, or name another folder with {option}"

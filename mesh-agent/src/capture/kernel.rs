@@ -176,28 +176,34 @@ impl Kernel {
             maps: Mutex::new(maps),
             verdicts: Mutex::new(verdicts),
         };
-        let cgroup_root = open_dir(&kernel.config.cgroup_root)?;
-        let agent_dir = open_dir(&kernel.config.agent_cgroup())?;
+        kernel.attach_node()?;
+        Ok(kernel)
+    }
+
+    /// Attaches what looks at the whole node.
+    fn attach_node(&self) -> Result<(), CaptureError> {
+        let cgroup_root = open_dir(&self.config.cgroup_root)?;
+        let agent_dir = open_dir(&self.config.agent_cgroup())?;
         // The agent's own sockets first: were it captured before it is known, it would loop.
-        kernel.attach(
+        self.attach(
             "weft_agent_flow",
             "agent-flow",
             agent_dir.as_fd(),
             AttachType::SockOps,
         )?;
-        kernel.attach(
+        self.attach(
             "weft_connect4",
             "connect4",
             cgroup_root.as_fd(),
             AttachType::Connect4,
         )?;
-        kernel.attach(
+        self.attach(
             "weft_connect6",
             "connect6",
             cgroup_root.as_fd(),
             AttachType::Connect6,
         )?;
-        Ok(kernel)
+        Ok(())
     }
 
     /// Configuration it was started with.
@@ -219,7 +225,7 @@ impl Kernel {
         target: BorrowedFd<'_>,
         kind: AttachType,
     ) -> Result<(), CaptureError> {
-        let path = self.config.pin_dir().join(format!("link-{pin}"));
+        let path = self.link_path(pin);
         let failed = |source| CaptureError::Attach {
             program,
             target: pin.to_owned(),
@@ -239,7 +245,7 @@ impl Kernel {
     }
 
     fn detach(&self, pin: &str) {
-        let path = self.config.pin_dir().join(format!("link-{pin}"));
+        let path = self.link_path(pin);
         if let Err(error) = fs::remove_file(&path)
             && error.kind() != std::io::ErrorKind::NotFound
         {
@@ -275,7 +281,7 @@ impl Kernel {
     pub(super) fn attach_lookup(&self, netns: &Netns) -> Result<(), CaptureError> {
         self.attach(
             "weft_lookup",
-            &format!("lookup-{:x}", netns.cookie().0),
+            &lookup_pin(netns.cookie()),
             netns.as_fd(),
             AttachType::SkLookup,
         )
@@ -290,16 +296,56 @@ impl Kernel {
         let dir = open_dir(cgroup)?;
         self.attach(
             "weft_flow",
-            &format!("flow-{:x}", cookie.0),
+            &flow_pin(cookie),
             dir.as_fd(),
             AttachType::SockOps,
         )
     }
 
+    /// Attaches the node's own programs again where their pins were removed behind our back.
+    pub(super) fn reattach_node(&self) -> Result<bool, CaptureError> {
+        let pins = ["agent-flow", "connect4", "connect6"];
+        if pins.iter().all(|pin| self.is_pinned(pin)) {
+            return Ok(false);
+        }
+        self.attach_node()?;
+        Ok(true)
+    }
+
+    /// The same for the inbound program of a namespace.
+    pub(super) fn reattach_lookup(&self, netns: &Netns) -> Result<bool, CaptureError> {
+        if self.is_pinned(&lookup_pin(netns.cookie())) {
+            return Ok(false);
+        }
+        self.attach_lookup(netns)?;
+        Ok(true)
+    }
+
+    /// The same for the flow program of a workload's cgroup.
+    pub(super) fn reattach_flow(
+        &self,
+        cookie: NetnsCookie,
+        cgroup: &Path,
+    ) -> Result<bool, CaptureError> {
+        if self.is_pinned(&flow_pin(cookie)) {
+            return Ok(false);
+        }
+        self.attach_flow(cookie, cgroup)?;
+        Ok(true)
+    }
+
+    fn is_pinned(&self, pin: &str) -> bool {
+        self.link_path(pin).exists()
+    }
+
+    fn link_path(&self, pin: &str) -> PathBuf {
+        self.config.pin_dir().join(format!("link-{pin}"))
+    }
+
     /// Removes the links of a workload.
     pub(super) fn detach_workload(&self, cookie: NetnsCookie) {
-        self.detach(&format!("lookup-{:x}", cookie.0));
-        self.detach(&format!("flow-{:x}", cookie.0));
+        self.detach(&lookup_pin(cookie));
+        self.detach(&flow_pin(cookie));
     }
 
     /// Puts the listeners where the programs find them.
@@ -524,6 +570,14 @@ impl Kernel {
     }
 }
 
+fn lookup_pin(cookie: NetnsCookie) -> String {
+    format!("lookup-{:x}", cookie.0)
+}
+
+fn flow_pin(cookie: NetnsCookie) -> String {
+    format!("flow-{:x}", cookie.0)
+}
+
 /// The form in which programs know addresses.
 pub(super) fn address(ip: IpAddr) -> Address {
     match ip {
@@ -569,8 +623,17 @@ fn enter_agent_cgroup(config: &KernelConfig) -> Result<u64, CaptureError> {
     let dir = config.agent_cgroup();
     fs::create_dir_all(&dir).map_err(CaptureError::file("create", &dir))?;
     let procs = dir.join("cgroup.procs");
-    fs::write(&procs, std::process::id().to_string())
-        .map_err(CaptureError::file("enter the cgroup by", &procs))?;
+    let own = std::process::id().to_string();
+    let inside = fs::read_to_string(&procs).map_err(CaptureError::file("read", &procs))?;
+    // Two agents with one set of pins would take the listeners out of each other's hands.
+    if let Some(pid) = inside.lines().find(|pid| **pid != own) {
+        return Err(CaptureError::AnotherAgent {
+            node: config.node.clone(),
+            pid: pid.to_owned(),
+            cgroup: dir,
+        });
+    }
+    fs::write(&procs, own).map_err(CaptureError::file("enter the cgroup by", &procs))?;
     fs::metadata(&dir)
         .map(|metadata| metadata.ino())
         .map_err(CaptureError::file("look at", &dir))

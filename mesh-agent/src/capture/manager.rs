@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Listeners, LocalWorkload, Verdicts, dial, error::CaptureError, kernel::Kernel, steering,
+    steering::FormerSysctls,
 };
 use crate::{
     discovery::model::{CaptureSettings, FailureMode, SameNode},
@@ -31,8 +32,8 @@ pub struct Record {
     pub cookie: u64,
     /// Addresses that were captured.
     pub addresses: Vec<IpAddr>,
-    /// Value of `tcp_fwmark_accept` before.
-    pub former_fwmark_accept: String,
+    /// The namespace's sysctls before.
+    pub former_sysctls: FormerSysctls,
 }
 
 /// A workload whose traffic is captured.
@@ -111,7 +112,9 @@ impl Capture {
     /// at no moment a connection is captured that nobody accepts: listeners, addresses, inbound, outbound.
     ///
     /// # Errors
-    /// Says what failed; everything done until then is undone.
+    /// Says what failed; everything done until then is undone. What an earlier agent had captured stays captured
+    /// instead, without listeners: the kernel then refuses the workload's connections, or lets them pass by its
+    /// failure mode.
     pub async fn enrol(
         &self,
         enrolment: &Enrolment,
@@ -126,15 +129,15 @@ impl Capture {
         let addresses = self.check(enrolment, &netns)?;
         let former = former.filter(|record| record.cookie == netns.cookie().0);
         let listeners = dial::listen(&netns)?;
-        let sysctl = steering::install(&netns, &addresses).await;
+        let sysctls = steering::install(&netns, &addresses).await;
         let record = Record {
             enrolment: enrolment.clone(),
             cookie: netns.cookie().0,
             addresses: addresses.clone(),
-            former_fwmark_accept: match (former, &sysctl) {
-                (Some(record), _) => record.former_fwmark_accept.clone(),
-                (None, Ok(value)) => value.clone(),
-                (None, Err(_)) => "0".to_owned(),
+            former_sysctls: match (former, &sysctls) {
+                (Some(record), _) => record.former_sysctls.clone(),
+                (None, Ok(values)) => values.clone(),
+                (None, Err(_)) => FormerSysctls::kernel_defaults(),
             },
         };
         let local = Arc::new(LocalWorkload {
@@ -146,11 +149,13 @@ impl Capture {
             connections: std::sync::atomic::AtomicU64::new(0),
         });
         let enrolled = Enrolled { local, record };
-        if let Err(error) = sysctl
+        if let Err(error) = sysctls
             .map(|_| ())
             .and_then(|()| self.capture(&enrolled, &listeners, settings))
         {
-            self.undo(&enrolled).await;
+            if former.is_none() {
+                self.undo(&enrolled).await;
+            }
             return Err(error);
         }
         self.lock().insert(
@@ -182,13 +187,13 @@ impl Capture {
     pub async fn clean(&self, released: &Enrolled) -> Result<(), CaptureError> {
         let Record {
             addresses,
-            former_fwmark_accept,
+            former_sysctls,
             ..
         } = &released.record;
-        steering::remove(&released.local.netns, addresses, former_fwmark_accept).await
+        steering::remove(&released.local.netns, addresses, former_sysctls).await
     }
 
-    /// Follows changed settings of a workload.
+    /// Brings the kernel's entries of a workload in line with its settings. Returns whether anything was different.
     ///
     /// # Errors
     /// When the kernel refuses the entry.
@@ -196,14 +201,35 @@ impl Capture {
         &self,
         enrolled: &Enrolled,
         settings: CaptureSettings,
-    ) -> Result<(), CaptureError> {
+    ) -> Result<bool, CaptureError> {
         let value = kernel_workload(enrolled, settings);
         if self.kernel.workload(enrolled.local.cookie()) == Some(value) {
-            return Ok(());
+            return Ok(false);
         }
         self.kernel
             .set_addresses(value, &enrolled.local.addresses)?;
-        self.kernel.set_workload(value)
+        self.kernel.set_workload(value)?;
+        Ok(true)
+    }
+
+    /// Looks whether everything in the kernel that captures a workload is there, and puts back what is not. Returns
+    /// whether something was missing.
+    ///
+    /// # Errors
+    /// When it cannot be put back.
+    pub fn repair(
+        &self,
+        enrolled: &Enrolled,
+        settings: CaptureSettings,
+    ) -> Result<bool, CaptureError> {
+        let mut repaired = self.kernel.reattach_node()?;
+        repaired |= self.kernel.reattach_lookup(&enrolled.local.netns)?;
+        if let Some(cgroup) = &enrolled.record.enrolment.cgroup {
+            let cookie = enrolled.local.cookie();
+            repaired |= self.kernel.reattach_flow(cookie, Path::new(cgroup))?;
+        }
+        repaired |= self.apply_settings(enrolled, settings)?;
+        Ok(repaired)
     }
 
     /// Tells the kernel that the mesh changed: older verdicts are void, and these service addresses are dead.
@@ -223,11 +249,12 @@ impl Capture {
         self.kernel.workload(enrolled.local.cookie()).is_some()
     }
 
-    /// Forgets namespaces that an earlier agent captured and nobody enrols any more.
-    pub fn forget_strangers(&self) {
+    /// Forgets namespaces that an earlier agent captured and nobody enrols any more. Those in `kept` stay as they are:
+    /// they are on record and could not be taken over.
+    pub fn forget_strangers(&self, kept: &[NetnsCookie]) {
         let enrolled: Vec<NetnsCookie> = self.lock().values().map(|e| e.local.cookie()).collect();
         for cookie in self.kernel.known_workloads() {
-            if !enrolled.contains(&cookie) {
+            if !enrolled.contains(&cookie) && !kept.contains(&cookie) {
                 tracing::info!(
                     cookie = cookie.0,
                     "forgetting a namespace of an earlier agent"
@@ -236,6 +263,17 @@ impl Capture {
                 self.kernel.forget(cookie);
             }
         }
+    }
+
+    /// Undoes what an earlier agent did for a workload that this one could not take over.
+    ///
+    /// # Errors
+    /// Says what stays behind. A namespace that is gone has nothing left.
+    pub async fn abandon(&self, record: &Record) -> Result<(), CaptureError> {
+        let cookie = NetnsCookie(record.cookie);
+        self.kernel.forget(cookie);
+        self.kernel.detach_workload(cookie);
+        undo_record(record).await
     }
 
     fn check(&self, enrolment: &Enrolment, netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {
@@ -327,7 +365,7 @@ pub async fn undo_record(record: &Record) -> Result<(), CaptureError> {
     if netns.cookie().0 != record.cookie {
         return Ok(());
     }
-    steering::remove(&netns, &record.addresses, &record.former_fwmark_accept).await
+    steering::remove(&netns, &record.addresses, &record.former_sysctls).await
 }
 
 fn kernel_workload(enrolled: &Enrolled, settings: CaptureSettings) -> mesh_ebpf::Workload {

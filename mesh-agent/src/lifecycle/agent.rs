@@ -2,18 +2,12 @@
 
 use std::{
     collections::HashMap,
-    fs,
-    os::unix::fs::DirBuilderExt,
-    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use aya_log::EbpfLogger;
-use nix::{
-    fcntl::{Flock, FlockArg},
-    sys::resource::{Resource, getrlimit, setrlimit},
-};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -21,11 +15,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    AgentError,
+    AgentError, credentials,
     enrolment::{Key, Missing},
     kernel_metrics,
     records::Records,
     requests::AdminView,
+    run_dir::RunDir,
     standalone::{self, Upstream},
     uninstall::{kernel_config, remove_kernel_side},
 };
@@ -88,6 +83,9 @@ pub fn run(config: AgentConfig, logs: LogControl) -> Result<(), AgentError> {
     let result = runtime.block_on(start_and_run(config, &run_dir, logs));
     // Whatever hangs in a blocking call (a resolver) must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
+    if result.is_err() {
+        run_dir.undo();
+    }
     result
 }
 
@@ -109,6 +107,7 @@ async fn start_and_run(
     let local = LocalServer::bind(run_dir.path())?;
     let shutdown = CancellationToken::new();
     let upstream = standalone::upstream(&config, run_dir.path()).await?;
+    credentials::check(&upstream)?;
     let (kernel, found) = Kernel::start(kernel_config(&config))?;
     let started = Agent::start(config.clone(), kernel, &upstream, run_dir, &shutdown);
     let agent = match started {
@@ -127,6 +126,7 @@ async fn start_and_run(
     agent.adopt(records, &config.workloads).await;
     tokio::spawn(agent.clone().follow_mesh());
     tokio::spawn(agent.clone().report_same_node());
+    tokio::spawn(agent.clone().keep_captured());
     tokio::spawn(admin.serve(Arc::new(AdminView {
         agent: agent.clone(),
         logs,
@@ -244,49 +244,5 @@ fn raise_descriptor_limit() {
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         tracing::warn!(%error, "cannot raise the limit of file descriptors");
-    }
-}
-
-/// The run directory, held by one agent at a time.
-#[derive(Debug)]
-pub(super) struct RunDir {
-    path: PathBuf,
-    _lock: Flock<fs::File>,
-}
-
-impl RunDir {
-    /// Last-good state of the mesh.
-    pub(super) const SNAPSHOT: &'static str = "mesh.snapshot";
-    const LOCK: &'static str = "agent.lock";
-    /// Everything that agents leave in it, enrolments aside.
-    pub(super) const FILES: [&'static str; 5] = [
-        Self::SNAPSHOT,
-        Self::LOCK,
-        mesh_api::local::SOCKET_NAME,
-        standalone::ROOTS_FILE,
-        standalone::TOKEN_FILE,
-    ];
-
-    /// Makes the folder if need be, readable for root alone, and locks it.
-    pub(super) fn open(path: &Path) -> Result<Self, AgentError> {
-        if !path.is_dir() {
-            let mut builder = fs::DirBuilder::new();
-            let made = builder.recursive(true).mode(0o700).create(path);
-            made.map_err(AgentError::file("create the run directory", path))?;
-        }
-        let lock_path = path.join(Self::LOCK);
-        let file = fs::File::create(&lock_path).map_err(AgentError::file("create", &lock_path))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self {
-                path: path.to_owned(),
-                _lock: lock,
-            }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(AgentError::Running(path.to_owned())),
-            Err((_, errno)) => Err(AgentError::file("lock", lock_path)(errno.into())),
-        }
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.path
     }
 }

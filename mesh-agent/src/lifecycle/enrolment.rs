@@ -9,6 +9,7 @@ use crate::{
     capture::{CaptureError, Enrolled, Record},
     config::validate_enrolment,
     discovery::model::CaptureSettings,
+    sys::netns::NetnsCookie,
 };
 
 /// Connections of an un-enrolled workload get this long to end by themselves: they depend on routes that go then.
@@ -46,14 +47,15 @@ impl Agent {
     /// When it is not enrolled, or something cannot be removed.
     pub(super) async fn unenrol(&self, namespace: &str, name: &str) -> Result<(), String> {
         let _one_at_a_time = self.enrolling.lock().await;
-        if self
-            .take_missing(&(namespace.to_owned(), name.to_owned()))
-            .is_none()
-        {
-            self.release(namespace, name)
-                .await
-                .map_err(|error| error.to_string())?;
-        }
+        let undone = match self.take_missing(&(namespace.to_owned(), name.to_owned())) {
+            None => self.release(namespace, name).await,
+            Some(Missing { record: None, .. }) => Ok(()),
+            Some(Missing {
+                record: Some(record),
+                ..
+            }) => self.capture.abandon(&record).await,
+        };
+        undone.map_err(|error| error.to_string())?;
         self.save_records().map_err(|error| error.to_string())?;
         self.mesh_changed();
         Ok(())
@@ -81,7 +83,13 @@ impl Agent {
                 Err(error) => self.report_missing(enrolment, record, &error),
             }
         }
-        self.capture.forget_strangers();
+        let on_record: Vec<NetnsCookie> = self
+            .missing()
+            .values()
+            .filter_map(|missing| missing.record.as_ref())
+            .map(|record| NetnsCookie(record.cookie))
+            .collect();
+        self.capture.forget_strangers(&on_record);
         if let Err(error) = self.save_records() {
             tracing::error!(%error, "enrolments are not recorded; a restarted agent will not know them");
         }
@@ -145,12 +153,19 @@ impl Agent {
         tracing::error!(%workload, %error, "cannot capture; its connections are refused or pass by, as its kernel entries say");
         self.telemetry.capture.set_state(&workload, false);
         let key = (enrolment.namespace.clone(), enrolment.name.clone());
+        let has_vanished = record.is_some()
+            && matches!(
+                error,
+                AgentError::Capture(CaptureError::Netns { source, .. })
+                    if source.kind() == std::io::ErrorKind::NotFound
+            );
         self.missing().insert(
             key,
             Missing {
                 enrolment,
                 record,
                 reason: error.to_string(),
+                has_vanished,
             },
         );
     }
@@ -193,4 +208,6 @@ pub(super) struct Missing {
     pub record: Option<Record>,
     /// Why it is not captured.
     pub reason: String,
+    /// Its namespace went while no agent ran, as when a pod is deleted: nothing that readiness should wait for.
+    pub has_vanished: bool,
 }

@@ -49,6 +49,20 @@ pub enum AgentError {
     /// The embedded control plane.
     #[error("control plane: {0}")]
     ControlPlane(String),
+    /// A file that the control plane's clients need.
+    #[error("{option}: cannot use {path} as {what}: {reason}; {hint}")]
+    Credential {
+        /// What it should hold.
+        what: &'static str,
+        /// The option that names it.
+        option: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+        /// What the operator can do.
+        hint: &'static str,
+    },
     /// The kernel side.
     #[error(transparent)]
     Capture(#[from] CaptureError),

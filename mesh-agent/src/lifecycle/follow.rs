@@ -8,11 +8,41 @@ use tokio::time::timeout;
 use super::agent::Agent;
 use crate::discovery::model::CaptureSettings;
 
+/// How often the kernel is asked whether capture is whole. A lost piece means uncaptured connections, so well within
+/// the ten seconds that are promised; asking costs a few system calls per workload.
+const REPAIR_INTERVAL: Duration = Duration::from_secs(5);
 /// When same-node flows are looked at again after a change: a `connect(2)` that had read its verdict just before the
 /// change is recorded just after the first look.
 const SECOND_LOOK: Duration = Duration::from_millis(500);
 
 impl Agent {
+    /// Compares the kernel with what should be there, and puts back what is missing, for ever.
+    pub(super) async fn keep_captured(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(REPAIR_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            for one in self.capture.enrolled() {
+                let workload = format!("{}/{}", one.local.namespace, one.local.name);
+                let known = one.local.workload.load_full();
+                let Some(settings) = known.map(|workload| workload.capture) else {
+                    continue;
+                };
+                match self.capture.repair(&one, settings) {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        self.telemetry.capture.repairs.inc();
+                        tracing::error!(%workload, "capture had been taken apart; put back");
+                    }
+                    Err(error) => {
+                        self.telemetry.capture.set_state(&workload, false);
+                        tracing::error!(%workload, %error, "capture is not whole and cannot be put back");
+                    }
+                }
+            }
+        }
+    }
+
     /// Applies the mesh as it is, then every change, until the mesh ends.
     pub(super) async fn follow_mesh(self: Arc<Self>) {
         let mut generations = self.mesh.generation();

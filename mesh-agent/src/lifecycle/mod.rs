@@ -1,12 +1,14 @@
 //! Starting, following the mesh, enrolling on request, draining and uninstalling: what ties the other modules together.
 
 mod agent;
+mod credentials;
 mod enrolment;
 mod error;
 mod follow;
 mod kernel_metrics;
 pub mod records;
 mod requests;
+mod run_dir;
 mod same_node;
 mod standalone;
 mod uninstall;

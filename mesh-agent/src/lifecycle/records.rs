@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::capture::Record;
 
 /// Name of the file inside the run directory.
-const FILE_NAME: &str = "workloads.json";
+pub(super) const FILE_NAME: &str = "workloads.json";
 /// Largest file read, in bytes: 4096 workloads of 4 KiB each.
 const FILE_MAX_BYTES: u64 = 16 << 20;
 /// Format of the file.
@@ -170,7 +170,7 @@ mod tests {
             },
             cookie: 7,
             addresses: vec![[10, 0, 0, 1].into()],
-            former_fwmark_accept: "0".into(),
+            former_sysctls: crate::capture::steering::FormerSysctls::kernel_defaults(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Answers to the local socket and to admin.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc};
 
 use mesh_api::local::{Request, Response, Status, WorkloadStatus};
 use serde_json::{Value, json};
@@ -93,9 +93,11 @@ impl Agent {
             pending.push(format!("discovery: {reason}"));
         }
         drop(discovery);
-        for ((namespace, name), missing) in self.missing().iter() {
+        let missing = self.missing();
+        for ((namespace, name), missing) in missing.iter().filter(|(_, one)| !one.has_vanished) {
             pending.push(format!("capture of {namespace}/{name}: {}", missing.reason));
         }
+        drop(missing);
         self.telemetry
             .agent
             .ready
@@ -106,13 +108,6 @@ impl Agent {
 
     /// Metrics in the Prometheus text format, those that are read on demand brought up to date.
     fn metrics(&self) -> String {
-        let now = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
-        self.telemetry
-            .agent
-            .heartbeat
-            .set(i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
         let discovery = self.discovery.borrow().clone();
         self.observe_discovery(&discovery);
         let _ = self.pending();
@@ -171,12 +166,17 @@ impl Agent {
         let certificate = known
             .as_ref()
             .and_then(|workload| certificates.get(&workload.identity.to_string()));
-        let capture = match (self.capture.is_captured(enrolled), &known) {
-            (false, _) => "kernel entries are missing; un-enrol and enrol again".to_owned(),
-            (true, None) => {
-                "captured, but unknown to the control plane: connections are refused".to_owned()
-            }
-            (true, Some(_)) => "ok".to_owned(),
+        let capture = if !local.netns.is_at_its_path() {
+            format!(
+                "{} is no longer its network namespace; if the workload has gone, un-enrol it",
+                local.netns.path().display()
+            )
+        } else if !self.capture.is_captured(enrolled) {
+            "kernel entries are missing; un-enrol and enrol again".to_owned()
+        } else if known.is_none() {
+            "captured, but unknown to the control plane: connections are refused".to_owned()
+        } else {
+            "ok".to_owned()
         };
         WorkloadStatus {
             namespace: local.namespace.to_string(),

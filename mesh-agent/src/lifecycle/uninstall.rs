@@ -1,8 +1,6 @@
 //! Removing what an agent left, without an agent.
 
-use std::fs;
-
-use super::{AgentError, agent::RunDir, records::Records};
+use super::{AgentError, records::Records, run_dir::RunDir};
 use crate::{
     capture::{
         kernel::{KernelConfig, remove_agent_cgroup, remove_node_pins},
@@ -36,7 +34,7 @@ pub fn uninstall(config: &AgentConfig) -> Result<(), AgentError> {
         }
     }
     records.remove()?;
-    run_dir.remove_files();
+    run_dir.remove_all();
     tracing::info!(node = %config.node.name, "uninstalled");
     Ok(())
 }
@@ -54,18 +52,5 @@ pub(super) fn kernel_config(config: &AgentConfig) -> KernelConfig {
         cgroup_root: config.kernel.cgroup_root.clone(),
         bpffs_root: config.kernel.bpffs_root.clone(),
         node: config.node.name.clone(),
-    }
-}
-
-impl RunDir {
-    /// Removes the files that agents make, and the folder if nothing else is in it.
-    fn remove_files(self) {
-        for name in Self::FILES {
-            // A file that is not there is what we want.
-            let _ = fs::remove_file(self.path().join(name));
-        }
-        let path = self.path().to_owned();
-        drop(self);
-        let _ = fs::remove_dir(path);
     }
 }

@@ -55,7 +55,7 @@ pub(super) async fn listen(
             Ok((socket, peer)) => accepted(&worker, &served, kind, socket, unmapped(peer)),
             Err(error) if belongs_to_one_connection(&error) => {}
             Err(error) => {
-                worker.shared.counters.accept_errors.add();
+                worker.context.telemetry.limits.reached("accept");
                 tracing::warn!(%error, ?kind, workload = %served.local.name, "cannot accept; pausing");
                 sleep(ACCEPT_BACKOFF).await;
             }
@@ -97,7 +97,7 @@ fn accepted(
             return;
         }
     };
-    match worker.shared.hand_over(
+    let handed_over = worker.shared.hand_over(
         index,
         Accepted {
             socket,
@@ -105,9 +105,9 @@ fn accepted(
             kind,
             admission,
         },
-    ) {
-        Ok(()) => worker.shared.counters.handed_over.add(),
-        Err(accepted) => adopt(worker, accepted),
+    );
+    if let Err(accepted) = handed_over {
+        adopt(worker, accepted);
     }
 }
 

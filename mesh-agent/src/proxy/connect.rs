@@ -8,16 +8,15 @@ use tokio_rustls::TlsConnector;
 
 use super::{
     ProxyContext,
-    counters::Counters,
     limits::Limits,
-    pool::{Connector, PoolKey, Pooled},
+    pool::{Connector, PoolEvent, PoolKey, Pooled},
     tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::ReadAhead},
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
     identity::Certified,
     sys::netns::duplicate,
-    telemetry::{Direction, Telemetry},
+    telemetry::{Direction, Telemetry, metrics::TunnelGuard},
 };
 
 /// What a tunnel is made from, beside its key.
@@ -34,7 +33,6 @@ pub struct Source {
 pub struct Dialer {
     limits: Arc<Limits>,
     telemetry: Arc<Telemetry>,
-    counters: Arc<Counters>,
     codec: TunnelCodec,
     name: ServerName<'static>,
 }
@@ -42,11 +40,10 @@ pub struct Dialer {
 impl Dialer {
     /// For one worker.
     #[must_use]
-    pub fn new(context: &ProxyContext, counters: Arc<Counters>) -> Self {
+    pub fn new(context: &ProxyContext) -> Self {
         Self {
             limits: context.limits.clone(),
             telemetry: context.telemetry.clone(),
-            counters,
             codec: context.codec,
             // Neither sent nor looked at: identities are compared, not names.
             name: ServerName::IpAddress(
@@ -88,7 +85,7 @@ impl Dialer {
         let client = TunnelClient::handshake(self.codec, stream, &self.limits, measured).await?;
         Ok(Tunnel {
             client,
-            _open: Rc::new(OpenTunnel::new(self.counters.clone())),
+            _open: Rc::new(self.telemetry.tunnels.open(Direction::Outbound)),
         })
     }
 }
@@ -100,10 +97,22 @@ impl Connector for Dialer {
     async fn connect(&self, key: &PoolKey, source: &Source) -> Result<Tunnel, TunnelError> {
         let result = Box::pin(self.set_up(key, source)).await;
         if let Err(error) = &result {
-            self.counters.tunnels_failed.add();
+            self.telemetry.tunnels.failed(Direction::Outbound);
             tracing::debug!(%error, destination = %key.destination, source = %key.source, "no tunnel");
         }
         result
+    }
+
+    fn note(&self, event: PoolEvent) {
+        let pool = &self.telemetry.pool;
+        match event {
+            PoolEvent::Hit => pool.hits.inc(),
+            PoolEvent::Miss => pool.misses.inc(),
+            PoolEvent::Waits => pool.waiting.inc(),
+            PoolEvent::WaitsNoMore => pool.waiting.dec(),
+            PoolEvent::Evicted(count) => pool.evicted.inc_by(count as u64),
+            PoolEvent::Full => self.telemetry.limits.reached("tunnels_per_key"),
+        }
     }
 
     fn interchangeable(old: &Source, new: &Source) -> bool {
@@ -116,7 +125,7 @@ impl Connector for Dialer {
 pub struct Tunnel {
     /// Its client end.
     pub client: TunnelClient,
-    _open: Rc<OpenTunnel>,
+    _open: Rc<TunnelGuard>,
 }
 
 impl Pooled for Tunnel {
@@ -126,23 +135,5 @@ impl Pooled for Tunnel {
 
     fn peer_streams(&self) -> usize {
         self.client.peer_streams()
-    }
-}
-
-/// Keeps the count of open tunnels right.
-#[derive(Debug)]
-struct OpenTunnel(Arc<Counters>);
-
-impl OpenTunnel {
-    fn new(counters: Arc<Counters>) -> Self {
-        counters.tunnels_opened.add();
-        counters.tunnels_open.add();
-        Self(counters)
-    }
-}
-
-impl Drop for OpenTunnel {
-    fn drop(&mut self) {
-        self.0.tunnels_open.sub();
     }
 }

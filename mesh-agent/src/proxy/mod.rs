@@ -19,7 +19,6 @@ mod accept;
 pub mod balance;
 pub mod buffers;
 pub mod connect;
-pub mod counters;
 pub mod inbound;
 pub mod limits;
 pub mod outbound;
@@ -31,7 +30,6 @@ pub(crate) mod testing;
 pub mod tunnel;
 pub mod worker;
 
-pub use counters::Counters;
 pub use limits::Limits;
 pub use tunnel::TunnelCodec;
 pub use worker::{ServeHandle, WorkerError, Workers};

@@ -130,6 +130,7 @@ pub(super) async fn serve(
     admission: Admission,
 ) {
     let began = Instant::now();
+    relay::guard(&app);
     let local = admission.served().local.clone();
     let registered = worker.registry.enter(admission.served().id, None);
     let Ok(destination) = app.local_addr().map(unmapped) else {
@@ -392,6 +393,10 @@ impl<'a> Attempt<'a> {
             match opened.unwrap_or(Err(TunnelError::TimedOut("answer CONNECT"))) {
                 Ok((stream, _)) => return Ok(Upstream::Tunnel(stream, lease)),
                 Err(error @ TunnelError::NotTaken) => last = error,
+                // The tunnel had died unnoticed: no byte was passed on, so a new one may try.
+                Err(error @ TunnelError::Protocol(_)) if !lease.tunnel().client.is_open() => {
+                    last = error;
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -585,6 +590,15 @@ mod tests {
             ..good
         };
         assert!(!kernel_eligible(&source, &host, "node-a"), "host network");
+    }
+
+    #[test]
+    fn a_connections_task_is_small() {
+        fn size<A, B, C, D, F>(_: fn(A, B, C, D) -> F) -> usize {
+            size_of::<F>()
+        }
+        let size = size(serve);
+        assert!(size <= 2048, "outbound takes {size} bytes per connection");
     }
 
     #[test]

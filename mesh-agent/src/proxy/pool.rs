@@ -47,6 +47,23 @@ pub trait Pooled: Clone + 'static {
     fn peer_streams(&self) -> usize;
 }
 
+/// Something that is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolEvent {
+    /// A connection found a tunnel.
+    Hit,
+    /// A connection needed a new tunnel.
+    Miss,
+    /// A connection begins to wait for a tunnel.
+    Waits,
+    /// It waits no more.
+    WaitsNoMore,
+    /// So many tunnels were thrown out.
+    Evicted(usize),
+    /// A key has as many tunnels as it may.
+    Full,
+}
+
 /// Makes tunnels.
 pub trait Connector: 'static {
     /// What is needed beside the key: the workload and its certificate.
@@ -67,6 +84,9 @@ pub trait Connector: 'static {
     /// Whether a tunnel that was made with `old` may carry new streams of a connection that has `new`: not after
     /// the certificate was renewed.
     fn interchangeable(old: &Self::Context, new: &Self::Context) -> bool;
+
+    /// Counts.
+    fn note(&self, event: PoolEvent);
 }
 
 /// The tunnels of one worker.
@@ -142,11 +162,16 @@ impl<C: Connector> Pool<C> {
         context: &C::Context,
     ) -> Result<Lease<C>, TunnelError> {
         let entry = self.entry(key);
+        let mut waits: Option<Waits<'_, C>> = None;
         loop {
             if let Some(lease) = self.lease_open(&entry, context) {
                 self.spread(key, &entry, context);
+                if waits.is_none() {
+                    self.connector.note(PoolEvent::Hit);
+                }
                 return Ok(lease);
             }
+            waits.get_or_insert_with(|| Waits::new(&self.connector));
             // Registered before the set-up can end, so that its end is not missed.
             let changed = entry.changed.notified();
             let before = entry.outcome.borrow().0;
@@ -179,9 +204,14 @@ impl<C: Connector> Pool<C> {
     /// The least loaded of the usable tunnels; dead ones are evicted on the way.
     fn lease_open(&self, entry: &Entry<C>, context: &C::Context) -> Option<Lease<C>> {
         let mut tunnels = entry.tunnels.borrow_mut();
+        let before = tunnels.len();
         tunnels.retain(|slot| {
             slot.tunnel.is_open() && (slot.streams.get() > 0 || slot.usable(context))
         });
+        if tunnels.len() < before {
+            let gone = before - tunnels.len();
+            self.connector.note(PoolEvent::Evicted(gone));
+        }
         let slot = tunnels
             .iter()
             .filter(|slot| slot.usable(context))
@@ -221,15 +251,19 @@ impl<C: Connector> Pool<C> {
             return Ok(());
         }
         if entry.tunnels.borrow().len() >= self.limits.per_key {
+            self.connector.note(PoolEvent::Full);
             return Err(TunnelError::Limit);
         }
         entry.connecting.set(true);
         let (pool, key, context) = (self.clone(), key.clone(), context.clone());
-        let settle = Settle(entry.clone());
+        // What is told when the set-up panics.
+        let error = Some(TunnelError::NotTaken);
+        let mut settle = Settle {
+            entry: entry.clone(),
+            error,
+        };
         tokio::task::spawn_local(async move {
-            let entry = settle.0.clone();
-            let outcome = pool.connector.connect(&key, &context).await;
-            let error = match outcome {
+            let outcome = match pool.connector.connect(&key, &context).await {
                 Ok(tunnel) => {
                     let slot = Slot {
                         tunnel,
@@ -237,12 +271,12 @@ impl<C: Connector> Pool<C> {
                         streams: Cell::new(0),
                         idle_since: Cell::new(Instant::now()),
                     };
-                    entry.tunnels.borrow_mut().push(Rc::new(slot));
+                    settle.entry.tunnels.borrow_mut().push(Rc::new(slot));
                     None
                 }
                 Err(error) => Some(error),
             };
-            settle.done(error);
+            settle.tell(outcome);
         });
         Ok(())
     }
@@ -250,14 +284,18 @@ impl<C: Connector> Pool<C> {
     /// Releases tunnels that nobody has used for long, and forgets dead ones.
     pub fn sweep(&self, now: Instant) {
         self.entries.borrow_mut().retain(|_, entry| {
-            entry.tunnels.borrow_mut().retain(|slot| {
+            let mut tunnels = entry.tunnels.borrow_mut();
+            let before = tunnels.len();
+            tunnels.retain(|slot| {
                 let idle = slot.streams.get() == 0
                     && now.duration_since(slot.idle_since.get()) >= self.idle;
                 slot.tunnel.is_open() && !idle
             });
-            entry.connecting.get()
-                || !entry.tunnels.borrow().is_empty()
-                || Rc::strong_count(entry) > 1
+            if tunnels.len() < before {
+                let gone = before - tunnels.len();
+                self.connector.note(PoolEvent::Evicted(gone));
+            }
+            entry.connecting.get() || !tunnels.is_empty() || Rc::strong_count(entry) > 1
         });
     }
 
@@ -283,20 +321,42 @@ impl<C: Connector> Pool<C> {
     }
 }
 
-/// Wakes those who wait for a set-up, also when it panicked.
-struct Settle<C: Connector>(Rc<Entry<C>>);
+/// Counts a connection that has to wait for a tunnel, until it has one or gives up.
+struct Waits<'a, C: Connector>(&'a C);
+
+impl<'a, C: Connector> Waits<'a, C> {
+    fn new(connector: &'a C) -> Self {
+        connector.note(PoolEvent::Miss);
+        connector.note(PoolEvent::Waits);
+        Self(connector)
+    }
+}
+
+impl<C: Connector> Drop for Waits<'_, C> {
+    fn drop(&mut self) {
+        self.0.note(PoolEvent::WaitsNoMore);
+    }
+}
+
+/// Tells those who wait for a set-up how it went, also when it panicked.
+struct Settle<C: Connector> {
+    entry: Rc<Entry<C>>,
+    error: Option<TunnelError>,
+}
 
 impl<C: Connector> Settle<C> {
-    fn done(self, error: Option<TunnelError>) {
-        let count = self.0.outcome.borrow().0;
-        *self.0.outcome.borrow_mut() = (count + 1, error);
+    fn tell(&mut self, error: Option<TunnelError>) {
+        self.error = error;
     }
 }
 
 impl<C: Connector> Drop for Settle<C> {
     fn drop(&mut self) {
-        self.0.connecting.set(false);
-        self.0.changed.notify_waiters();
+        let mut outcome = self.entry.outcome.borrow_mut();
+        *outcome = (outcome.0 + 1, self.error.take());
+        drop(outcome);
+        self.entry.connecting.set(false);
+        self.entry.changed.notify_waiters();
     }
 }
 

@@ -25,7 +25,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Counters, ProxyContext,
+    ProxyContext,
     accept::{self, Accepted, Kind},
     balance::{BalanceLimits, Balancer},
     connect::Dialer,
@@ -38,7 +38,7 @@ use super::{
 use crate::{
     capture::{ConnectionGuard, Listeners, LocalWorkload},
     policy::Decision,
-    telemetry::CloseReason,
+    telemetry::{CloseReason, Telemetry},
 };
 
 /// After the drain deadline connections are told to end; this is how long they have for it.
@@ -74,7 +74,7 @@ struct Inner {
 #[derive(Debug)]
 pub(super) struct Shared {
     mailboxes: Vec<Mailbox>,
-    pub counters: Arc<Counters>,
+    pub telemetry: Arc<Telemetry>,
     pub limits: Arc<Limits>,
     total: AtomicUsize,
     empty: Notify,
@@ -118,7 +118,6 @@ impl Workers {
     /// # Errors
     /// When a thread or its runtime cannot be made.
     pub fn start(count: usize, context: &ProxyContext) -> Result<Self, WorkerError> {
-        let counters = Arc::new(Counters::default());
         let (mut mailboxes, mut inboxes) = (Vec::new(), Vec::new());
         for _ in 0..count.max(1) {
             let (sockets, socket_inbox) = mpsc::channel(HANDOVER_QUEUE);
@@ -132,7 +131,7 @@ impl Workers {
         }
         let shared = Arc::new(Shared {
             mailboxes,
-            counters,
+            telemetry: context.telemetry.clone(),
             limits: context.limits.clone(),
             total: AtomicUsize::new(0),
             empty: Notify::new(),
@@ -237,12 +236,6 @@ impl Workers {
                 tracing::error!("a worker thread had panicked");
             }
         }
-    }
-
-    /// What the proxy counts beside connections.
-    #[must_use]
-    pub fn counters(&self) -> Arc<Counters> {
-        self.inner.shared.counters.clone()
     }
 
     /// Connections and streams on each worker now.
@@ -382,12 +375,12 @@ impl Shared {
         application: bool,
     ) -> Result<Admission, Refused> {
         if self.total.load(Ordering::Relaxed) >= self.limits.connections_per_node {
-            self.counters.node_limit.add();
+            self.telemetry.limits.reached("connections_per_node");
             return Err(Refused);
         }
         let open = served.local.connections.load(Ordering::Relaxed);
         if application && open >= self.limits.connections_per_workload {
-            self.counters.workload_limit.add();
+            self.telemetry.limits.reached("connections_per_workload");
             return Err(Refused);
         }
         self.total.fetch_add(1, Ordering::AcqRel);
@@ -475,10 +468,10 @@ impl Worker {
 
     /// Runs a connection as a task of its own; a panic costs that connection only.
     pub fn spawn(&self, connection: impl Future<Output = ()> + 'static) {
-        let counters = self.shared.counters.clone();
+        let telemetry = self.context.telemetry.clone();
         tokio::task::spawn_local(async move {
             if AssertUnwindSafe(connection).catch_unwind().await.is_err() {
-                counters.panics.add();
+                telemetry.agent.panics.inc();
                 tracing::error!("a connection ended in a panic");
             }
         });
@@ -492,7 +485,7 @@ async fn run(
     mut sockets: mpsc::Receiver<Accepted>,
     mut orders: mpsc::Receiver<Order>,
 ) {
-    let dialer = Dialer::new(&context, shared.counters.clone());
+    let dialer = Dialer::new(&context);
     let worker = Rc::new(Worker {
         index,
         pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
@@ -540,7 +533,6 @@ async fn reevaluate(worker: Rc<Worker>) {
                 let decision = worker.context.judge(&judged.local, &judged.connection);
                 if let Some(Decision::Denied { policy, .. }) = decision {
                     tracing::info!(peer = ?judged.connection.peer, ?policy, "connection is no longer allowed");
-                    worker.shared.counters.revoked.add();
                     worker.registry.close_one(*id, CloseReason::Revoked);
                 }
             }

@@ -76,6 +76,21 @@ impl Netns {
         self.cookie
     }
 
+    /// Whether the path still names this namespace: its name is removed or given to another one when a pod is deleted,
+    /// while our descriptor keeps the namespace itself alive.
+    #[must_use]
+    pub fn is_at_its_path(&self) -> bool {
+        // Two files of nsfs are the same namespace exactly if their inodes are (namespaces(7)).
+        let opened = nix::sys::stat::fstat(&self.file);
+        let named = nix::sys::stat::stat(&self.path);
+        match (opened, named) {
+            (Ok(opened), Ok(named)) => {
+                (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino)
+            }
+            _ => false,
+        }
+    }
+
     /// Runs `work` on this thread inside the namespace and comes back. `work` must not await and must not start
     /// threads. Sockets made inside stay inside; costs two `setns(2)` calls.
     ///

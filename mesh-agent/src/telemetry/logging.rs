@@ -1,5 +1,7 @@
 //! Structured logs to standard error, with a filter that can be changed while running.
 
+use std::io::IsTerminal as _;
+
 use tracing_subscriber::{
     EnvFilter, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt,
 };
@@ -62,7 +64,10 @@ fn parse(filter: &str) -> Result<EnvFilter, LogError> {
 /// When the filter is malformed or logging was set up before.
 pub fn init(filter: &str, format: Format) -> Result<LogControl, LogError> {
     let (filter, handle) = reload::Layer::new(parse(filter)?);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    // Colours are for a person in front of a terminal, not for a file or a log collector.
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(filter);
     match format {
         Format::Text => registry.with(lines).try_init()?,

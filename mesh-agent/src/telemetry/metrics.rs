@@ -110,8 +110,6 @@ pub struct AgentMetrics {
     pub ready: IntGauge,
     /// Enrolled workloads.
     pub workloads: IntGauge,
-    /// When the kernel was last told that the agent is alive, seconds since 1970.
-    pub heartbeat: IntGauge,
     /// Panics that ended one connection or one task.
     pub panics: IntCounter,
 }
@@ -131,11 +129,6 @@ impl AgentMetrics {
         Self {
             ready: gauge(registry, "weft_agent_ready", "1 when the agent is ready"),
             workloads: gauge(registry, "weft_agent_workloads", "Enrolled workloads"),
-            heartbeat: gauge(
-                registry,
-                "weft_agent_heartbeat_timestamp_seconds",
-                "When the kernel was last told that the agent is alive",
-            ),
             panics: counter(
                 registry,
                 "weft_agent_panics_total",
@@ -145,11 +138,10 @@ impl AgentMetrics {
     }
 }
 
-/// Capture per workload, and verdicts.
+/// Capture per workload.
 #[derive(Debug)]
 pub struct CaptureMetrics {
     state: IntGaugeVec,
-    verdicts: IntCounterVec,
     /// Times that kernel state was found missing and put back.
     pub repairs: IntCounter,
 }
@@ -162,12 +154,6 @@ impl CaptureMetrics {
                 "weft_capture_state",
                 "1 while a workload's capture is whole",
                 &["workload"],
-            ),
-            verdicts: counters(
-                registry,
-                "weft_capture_verdicts_total",
-                "Verdicts given to the kernel, by kind",
-                &["verdict"],
             ),
             repairs: counter(
                 registry,
@@ -188,11 +174,6 @@ impl CaptureMetrics {
     pub fn forget(&self, workload: &str) {
         // Only fails when there was no such series.
         let _ = self.state.remove_label_values(&[workload]);
-    }
-
-    /// Counts a verdict: `pass`, `same_node` or `denied`.
-    pub fn verdict(&self, kind: &'static str) {
-        self.verdicts.with_label_values(&[kind]).inc();
     }
 }
 

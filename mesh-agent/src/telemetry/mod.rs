@@ -198,7 +198,7 @@ pub struct Telemetry {
     handshake: HistogramVec,
     /// The agent's own life.
     pub agent: AgentMetrics,
-    /// Capture per workload, and verdicts.
+    /// Capture per workload.
     pub capture: CaptureMetrics,
     /// Certificates and requests for them.
     pub certificates: CertificateMetrics,

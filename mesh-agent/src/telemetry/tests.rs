@@ -280,7 +280,6 @@ fn every_documented_metric_is_there() {
     telemetry.capture.set_state("shop/web", true);
     telemetry.capture.set_state("shop/gone", false);
     telemetry.capture.forget("shop/gone");
-    telemetry.capture.verdict("pass");
     telemetry
         .certificates
         .renewed(&identity("web"), 1_900_000_000);
@@ -302,7 +301,6 @@ fn every_documented_metric_is_there() {
         "weft_pool_waiting 0",
         "weft_pool_evicted_total 0",
         "weft_capture_state{workload=\"shop/web\"} 1",
-        "weft_capture_verdicts_total{verdict=\"pass\"} 1",
         "weft_capture_repairs_total 0",
         "weft_agent_ready 0",
         "weft_agent_panics_total 0",

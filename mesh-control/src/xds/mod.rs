@@ -5,11 +5,12 @@ pub mod session;
 use std::{sync::Arc, time::Duration};
 
 use mesh_api::proto::discovery::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse,
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node,
     aggregated_discovery_service_server::{
         AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
     },
 };
+use prost_types::value::Kind;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
@@ -178,6 +179,14 @@ impl Stream {
                 type_url = request.type_url,
                 "first request"
             );
+            if let Some(name) = node_name(node).filter(|name| **name != *self.authenticated.node.0)
+            {
+                // It would get the mesh but no certificate: better told here, where the operator looks first.
+                return Err(End::Refused(Status::permission_denied(format!(
+                    "the token is that of node {}, but the agent is {name}: give it the token of {name}",
+                    self.authenticated.node
+                ))));
+            }
         }
         let event = self.session.on_request(request, self.hub.read().store());
         match event {
@@ -224,6 +233,14 @@ impl Stream {
                 "the client reads too slowly",
             ))),
         }
+    }
+}
+
+/// What a client calls its node; clients that do not say are known by their credentials alone.
+fn node_name(node: &Node) -> Option<&str> {
+    match &node.metadata.as_ref()?.fields.get("NODE_NAME")?.kind {
+        Some(Kind::StringValue(name)) if !name.is_empty() => Some(name),
+        _ => None,
     }
 }
 

@@ -402,11 +402,10 @@ impl Lab {
         limit: Duration,
     ) -> Result<Running> {
         let mut server = self.spawn(place, program)?;
-        if let Err(error) = wait::port(place.netns(), address, limit) {
+        wait::until(&format!("{address} to accept connections"), limit, || {
             server.check_running()?;
-            return Err(error);
-        }
-        server.check_running()?;
+            Ok(wait::accepts(place.netns(), address)?.then_some(()))
+        })?;
         Ok(server)
     }
 

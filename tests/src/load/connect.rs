@@ -19,9 +19,9 @@ use crate::{histogram::Histogram, wait};
 /// Failures after which a run is worthless.
 const ERRORS_MAX: u64 = 100;
 
-/// Connections timed in one cgroup before the other has its turn: a few milliseconds, so that whatever else the
-/// machine does hits both alike.
-const BATCH: usize = 200;
+/// Connections timed in one cgroup before the other has its turn: some ten milliseconds, so that whatever else the
+/// machine does hits both alike, and long enough that moving the process (itself milliseconds) does not eat the time.
+const BATCH: usize = 1000;
 
 /// Longest wait for one attempt of [`first_answer`]: a mesh that is not there yet may drop packets silently.
 const ATTEMPT_LIMIT: Duration = Duration::from_millis(50);

@@ -475,18 +475,9 @@ mod tests {
         };
         let report = run(&plan).expect("a run");
         assert_eq!(report.requests, 200);
-        // 100 of 200 requests were due during the stall; had they been sent late and timed from then, only one
-        // would be slow.
-        assert!(
-            report.p50_us < 100_000.0 && report.quantile_is_slow(),
-            "{report:?}"
-        );
-    }
-
-    impl Report {
-        fn quantile_is_slow(&self) -> bool {
-            self.p99_us > 50_000.0
-        }
+        // 100 of 200 requests were due during the stall, half of them in its first half; had they been timed from
+        // when they were sent, a single one would be slow.
+        assert!(report.p99_us > 50_000.0, "{report:?}");
     }
 
     #[test]

@@ -30,12 +30,15 @@ pub struct Options {
     /// Print the report as one JSON object on standard output; progress goes to standard error
     #[arg(long)]
     json: bool,
+    /// Use unoptimised programs: quicker to build, but its latencies mean nothing
+    #[arg(long)]
+    dev: bool,
 }
 
 /// Runs the command.
 pub fn run(options: &Options) -> Result<()> {
     let mut report = Report::default();
-    let outcome = prepare().and_then(|()| {
+    let outcome = prepare(!options.dev).and_then(|()| {
         let began = Instant::now();
         let outcome = perform(options, &mut report);
         report.seconds = began.elapsed().as_secs_f64();
@@ -54,13 +57,13 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn prepare() -> Result<()> {
+fn prepare(release: bool) -> Result<()> {
     if !is_root() {
         bail!("the demo makes network namespaces and loads eBPF programs: run it as root");
     }
     setup::ensure(&[Need::Build, Need::Lab])?;
-    build::programs(true)?;
-    programs::use_directory(&target_directory(true))
+    build::programs(release)?;
+    programs::use_directory(&target_directory(release))
 }
 
 fn perform(options: &Options, report: &mut Report) -> Result<()> {
@@ -69,7 +72,7 @@ fn perform(options: &Options, report: &mut Report) -> Result<()> {
     report.prefix = world.lab.prefix().to_owned();
     let outcome = play(&mut world, report);
     if options.keep {
-        print_instructions(&world);
+        print_instructions(&world, !options.dev);
         world.lab.keep();
     } else {
         say("removing everything");
@@ -102,8 +105,8 @@ fn play(world: &mut World, report: &mut Report) -> Result<()> {
     mesh.check_running()
 }
 
-fn print_instructions(world: &World) {
-    let programs = target_directory(true);
+fn print_instructions(world: &World, release: bool) {
+    let programs = target_directory(release);
     let (bin, prefix) = (programs.display(), world.lab.prefix());
     let directory = world.lab.directory().display();
     eprintln!("\nEverything stays up. Some things to try:");

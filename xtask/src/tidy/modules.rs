@@ -27,6 +27,10 @@ pub fn unreachable(sources: &[Source]) -> Vec<Finding> {
         if !reached.insert(source.path.clone()) {
             continue;
         }
+        let parent = source.path.parent().unwrap_or(Path::new(""));
+        waiting.extend(
+            paths_of(&source.text).filter_map(|path| files.get(parent.join(path).as_path())),
+        );
         for name in modules_of(&source.text) {
             let folder = folder_of_modules(&source.path);
             let candidates = [
@@ -94,6 +98,12 @@ fn modules_of(text: &str) -> Vec<String> {
                 .then_some(name)
         })
         .collect()
+}
+
+/// Files that `#[path = "…"]` names.
+fn paths_of(text: &str) -> impl Iterator<Item = &str> {
+    text.lines()
+        .filter_map(|line| line.trim().strip_prefix("#[path = \"")?.strip_suffix("\"]"))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    ops::RangeInclusive,
     os::fd::AsFd,
     time::Duration,
 };
@@ -24,6 +25,15 @@ const KEEPALIVE_TIME: Duration = Duration::from_secs(180);
 /// Between probes; with the kernel's nine probes a dead peer is found within 180 s + 9 × 15 s.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 
+/// Ports that applications see beside their client's address. The client's own port is in use in the same namespace:
+/// by the socket that the agent accepted (plaintext), or by the application's (same-node flows). A SYN of ours with
+/// that port would arrive at that live connection instead of the listener. So these lie outside what Linux gives its
+/// clients (`ip_local_port_range`, 32768–60999).
+const SHOWN_PORTS: RangeInclusive<u16> = 61_000..=65_535;
+/// Ports that are tried before the kernel chooses: both are taken already only if this client has thousands of
+/// connections, or of the remains of connections, to this application. Each try costs a socket.
+const SHOWN_PORT_ATTEMPTS: usize = 2;
+
 /// See [`super::dial`].
 pub(super) async fn dial(
     workload: &LocalWorkload,
@@ -31,6 +41,52 @@ pub(super) async fn dial(
     options: DialOptions,
 ) -> io::Result<TcpStream> {
     let destination = SocketAddr::new(destination.ip().to_canonical(), destination.port());
+    let source = options
+        .source
+        .map(|ip| ip.to_canonical())
+        .filter(|ip| *ip != destination.ip() && ip.is_ipv4() == destination.is_ipv4());
+    let Some(source) = source else {
+        return connect(new_socket(workload, destination)?, destination).await;
+    };
+    for _ in 0..SHOWN_PORT_ATTEMPTS {
+        let shown = SocketAddr::new(source, rand::random_range(SHOWN_PORTS));
+        match connect_as(workload, shown, destination).await {
+            Err(error) if is_taken(&error) => {}
+            result => return result,
+        }
+    }
+    connect_as(workload, SocketAddr::new(source, 0), destination).await
+}
+
+/// Shows `source`, which is not an address of this namespace. Port 0 is the kernel's choice, made at connect(2), so
+/// that ports run out per destination only.
+async fn connect_as(
+    workload: &LocalWorkload,
+    source: SocketAddr,
+    destination: SocketAddr,
+) -> io::Result<TcpStream> {
+    let socket = new_socket(workload, destination)?;
+    socket::set_transparent(socket.as_fd(), source.is_ipv6())?;
+    socket::set_mark(socket.as_fd(), CAPTURE_MARK)?;
+    if source.port() == 0 {
+        socket::set_bind_address_no_port(socket.as_fd())?;
+    } else {
+        // The same port towards another destination is no conflict.
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&source.into())?;
+    connect(socket, destination).await
+}
+
+/// Another connection has this pair of addresses, or something listens on the port.
+fn is_taken(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+    )
+}
+
+fn new_socket(workload: &LocalWorkload, destination: SocketAddr) -> io::Result<Socket> {
     let socket = workload.netns.run(|| {
         Socket::new(
             Domain::for_address(destination),
@@ -39,15 +95,10 @@ pub(super) async fn dial(
         )
     })??;
     set_common_options(&socket)?;
-    let source = options.source.map(|ip| ip.to_canonical());
-    if let Some(source) = source
-        .filter(|source| *source != destination.ip() && source.is_ipv4() == destination.is_ipv4())
-    {
-        socket::set_transparent(socket.as_fd(), source.is_ipv6())?;
-        socket::set_mark(socket.as_fd(), CAPTURE_MARK)?;
-        socket::set_bind_address_no_port(socket.as_fd())?;
-        socket.bind(&SocketAddr::new(source, 0).into())?;
-    }
+    Ok(socket)
+}
+
+async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
     TcpSocket::from_std_stream(socket.into())
         .connect(destination)
         .await

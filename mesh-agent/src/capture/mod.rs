@@ -99,8 +99,8 @@ pub struct Listeners {
 /// How to dial from inside a workload's namespace.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DialOptions {
-    /// Show this address to the peer instead of the namespace's own (inbound: the client's). Its port is the
-    /// kernel's choice.
+    /// Show this address to the peer instead of the namespace's own (inbound: the client's). Its port is none that
+    /// the client itself would use.
     pub source: Option<IpAddr>,
 }
 

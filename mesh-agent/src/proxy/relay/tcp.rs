@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    io,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -27,7 +28,19 @@ struct Pipe {
 /// Which end of a pipe failed.
 enum PipeError {
     Read,
-    Write,
+    Write {
+        /// By RST. Only the first call tells: whoever reads the socket next would see an end of file.
+        reset: bool,
+    },
+}
+
+impl PipeError {
+    /// tcp(7): a write fails with EPIPE instead where the peer had sent FIN before, which is to be read then.
+    fn of_write(error: &io::Error) -> Self {
+        Self::Write {
+            reset: error.kind() != io::ErrorKind::BrokenPipe,
+        }
+    }
 }
 
 impl Pipe {
@@ -53,8 +66,8 @@ impl Pipe {
         let turn = if last { usize::MAX } else { TURN };
         for _ in 0..turn {
             if let Some(held) = &self.held {
-                if ready!(to.poll_write_ready(cx)).is_err() {
-                    return Poll::Ready(Err(PipeError::Write));
+                if let Err(error) = ready!(to.poll_write_ready(cx)) {
+                    return Poll::Ready(Err(PipeError::of_write(&error)));
                 }
                 match to.try_write(held.filled().get(self.written..).unwrap_or_default()) {
                     Ok(count) => {
@@ -66,7 +79,7 @@ impl Pipe {
                         }
                     }
                     Err(error) if would_block(&error) => {}
-                    Err(_) => return Poll::Ready(Err(PipeError::Write)),
+                    Err(error) => return Poll::Ready(Err(PipeError::of_write(&error))),
                 }
                 continue;
             }
@@ -104,6 +117,7 @@ struct TcpDirections<'a, M> {
     down: Pipe,
     moved: Cell<u64>,
     near_gone: bool,
+    far_gone: bool,
 }
 
 /// Moves bytes between two sockets until both directions have ended or one side broke, and closes both accordingly.
@@ -124,6 +138,7 @@ pub async fn relay_tcp<M: Meter>(
         down: Pipe::new(),
         moved: Cell::new(0),
         near_gone: false,
+        far_gone: false,
     };
     let mut state = Drive::new(directions);
     let end = drive(&near, Some(&far), &mut state, close, half_close_idle).await;
@@ -158,19 +173,27 @@ impl<M: Meter> Directions for TcpDirections<'_, M> {
         );
         Poll::Ready(outcome.map_err(|error| match error {
             PipeError::Read => Fault::Near,
-            PipeError::Write => Fault::Far,
+            PipeError::Write { reset } => {
+                self.far_gone = reset;
+                // What came before the RST is still to be passed on, and then the RST.
+                cx.waker().wake_by_ref();
+                Fault::Far
+            }
         }))
     }
 
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         let (meter, moved) = (self.meter, &self.moved);
-        let outcome = ready!(self.down.poll(cx, self.far, self.near, false, |count| {
-            meter.far_to_near(count);
-            moved.set(moved.get().wrapping_add(1));
-        }));
+        let outcome = ready!(
+            self.down
+                .poll(cx, self.far, self.near, self.far_gone, |count| {
+                    meter.far_to_near(count);
+                    moved.set(moved.get().wrapping_add(1));
+                })
+        );
         Poll::Ready(outcome.map_err(|error| match error {
             PipeError::Read => Fault::Far,
-            PipeError::Write => Fault::Near,
+            PipeError::Write { .. } => Fault::Near,
         }))
     }
 

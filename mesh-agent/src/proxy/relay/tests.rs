@@ -288,6 +288,30 @@ async fn a_servers_reset_is_a_reset() {
     .await;
 }
 
+/// The error of a reset socket goes to the first call that meets it; a read after a failed write sees an end of file.
+#[tokio::test]
+async fn a_servers_reset_is_a_reset_also_when_a_write_meets_it_first() {
+    // Which direction goes first alternates from one wake-up to the next.
+    for exchanges in 0..4 {
+        LocalSet::new()
+            .run_until(async {
+                let mut chain = chain(Via::Plain).await;
+                for _ in 0..exchanges {
+                    chain.client.write_all(b"x").await.expect("open");
+                    chain.server.read_exact(&mut [0]).await.expect("open");
+                }
+                rst(chain.server);
+                chain.client.write_all(b"x").await.expect("open");
+                assert_eq!(
+                    read_to_end(&mut chain.client).await,
+                    Saw::Rst,
+                    "after {exchanges}"
+                );
+            })
+            .await;
+    }
+}
+
 #[tokio::test]
 async fn a_servers_reset_after_the_clients_fin_is_a_reset() {
     all_ways(|mut chain| async move {

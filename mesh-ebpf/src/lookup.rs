@@ -138,8 +138,7 @@ fn is_recorded(packet: &Packet) -> bool {
     let Some(local) = owner(&packet.local) else {
         return false;
     };
-    flow.destination_cookie == local.cookie
-        && now_ns() - flow.started_ns < FLOW_SYN_WINDOW_NS
+    flow.destination_cookie == local.cookie && now_ns() - flow.started_ns < FLOW_SYN_WINDOW_NS
 }
 
 #[inline(always)]

@@ -141,7 +141,7 @@ fn agents_go_on_without_the_control_plane_and_never_in_plaintext() -> Result<()>
     let lab = two_nodes()?;
     let mut mesh = Mesh::start(&lab, MeshSpec::default())?;
     let (web, plain, cart) = (lab.pod("web")?, lab.pod("plain")?, lab.pod("cart")?);
-    let _servers = (serve(&lab, cart)?, serve(&lab, plain)?);
+    let _servers = (serve(&lab, cart)?, serve(&lab, plain)?, serve(&lab, web)?);
     let node = lab.node("n1")?;
     require_service(&lab, &mesh, web, cart.at(PORT))?;
     let capture = LinkCapture::start(&lab)?;
@@ -163,8 +163,10 @@ fn agents_go_on_without_the_control_plane_and_never_in_plaintext() -> Result<()>
         "{status}"
     );
     require_refusal(&lab, web, cart.at(PORT))?;
-    require_service(&lab, &mesh, web, plain.at(PORT))
-        .context("what needs no certificate goes on")?;
+    for (from, to) in [(web, plain), (plain, web)] {
+        require_service(&lab, &mesh, from, to.at(PORT))
+            .context("what needs no certificate goes on")?;
+    }
 
     // Without a snapshot nothing is known: refused.
     mesh.stop_agent(node, Signal::SIGKILL)?;

@@ -563,6 +563,11 @@ fn a_failed_start_says_why_and_leaves_nothing() -> Result<()> {
             good.without("--control-plane-ca"),
             ["controlPlane.caFile", "--control-plane-ca"],
         ),
+        // Known only after the programs are loaded: they go again.
+        (
+            good.with("--control-plane", "https://"),
+            ["control plane", "https://"],
+        ),
         (good.without("--node"), ["node.name", "--node"]),
         (good.with("--node", "a/b"), ["node.name", "a/b"]),
         (
@@ -752,5 +757,36 @@ fn a_workload_that_cannot_be_taken_over_stays_closed() -> Result<()> {
     mesh.unenroll(&lab, node, web)?;
     mesh.enroll(&lab, node, web)?;
     mesh.wait_enrolled(&lab, node, web)?;
-    require_service(&lab, &mesh, web, cart.at(PORT))
+    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    damaged_records(&lab, &mut mesh)
+}
+
+/// An agent that has lost its records does not know whom to serve, and opens nobody.
+fn damaged_records(lab: &Lab, mesh: &mut Mesh) -> Result<()> {
+    let (web, cart, node) = (lab.pod("web")?, lab.pod("cart")?, lab.node("n1")?);
+    let damaged = node.run_dir.join("workloads.json.damaged");
+    for round in 0..2 {
+        mesh.stop_agent(node, Signal::SIGKILL)?;
+        if round == 0 {
+            fs::write(node.run_dir.join("workloads.json"), "{")?;
+        }
+        mesh.start_agent(lab, node)?;
+        let mut status = Value::Null;
+        wait::until("the damage to be told", LIMIT, || {
+            status = mesh.status(lab, node)?.unwrap_or_default();
+            let pending = status["pending"].to_string();
+            Ok(pending.contains("workloads.json.damaged").then_some(()))
+        })
+        .with_context(|| format!("{status}"))?;
+        let report = client(lab, web, cart.at(PORT), "--connections 5")?;
+        ensure!(
+            report.connect_errors.get("ECONNREFUSED") == Some(&5),
+            "round {round}: what was captured must not become open: {report:?}"
+        );
+    }
+    mesh.enroll(lab, node, web)?;
+    fs::remove_file(damaged)?;
+    mesh.wait_ready(lab, node)?;
+    mesh.wait_enrolled(lab, node, web)?;
+    require_service(lab, mesh, web, cart.at(PORT))
 }

@@ -179,8 +179,7 @@ impl Stream {
                 type_url = request.type_url,
                 "first request"
             );
-            if let Some(name) =
-                node_name(node).filter(|name| **name != *self.authenticated.node.0)
+            if let Some(name) = node_name(node).filter(|name| **name != *self.authenticated.node.0)
             {
                 // It would get the mesh but no certificate: better told here, where the operator looks first.
                 return Err(End::Refused(Status::permission_denied(format!(

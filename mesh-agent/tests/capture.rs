@@ -343,7 +343,7 @@ fn unenrolment_leaves_the_namespace_as_it_was() -> Result<()> {
     let capture = start(lab.node("n1")?)?;
     let web = lab.pod("web")?;
     let look = || -> Result<String> {
-        let script = "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; cat /proc/sys/net/ipv4/tcp_fwmark_accept; ss -ltn";
+        let script = "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; cat /proc/sys/net/ipv4/tcp_fwmark_accept /proc/sys/net/ipv*/fwmark_reflect; ss -ltn";
         lab.run(web, &Program::new("sh").args(["-c", script]), LIMIT)?
             .ok()
     };
@@ -385,7 +385,7 @@ fn a_second_agent_takes_over_what_the_first_left() -> Result<()> {
     let (adopted, listeners) =
         block_on(second_agent.enrol(&enrolment(web), CaptureSettings::default(), Some(&record)))?;
     assert_eq!(
-        adopted.record.former_fwmark_accept, record.former_fwmark_accept,
+        adopted.record.former_sysctls, record.former_sysctls,
         "not what the first agent set"
     );
     let running = lab.spawn(

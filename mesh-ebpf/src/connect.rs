@@ -115,7 +115,7 @@ fn decide(ctx: &SockAddrContext, source: &Workload, address: Address) -> i32 {
             return refuse(EACCES);
         }
         Some((VERDICT_SAME_NODE, peer)) if may_go_fast(ctx, source) => {
-            if remember_fast(ctx, edge, peer) {
+            if unmark(ctx) && remember_fast(ctx, edge, peer) {
                 count(counter::SAME_NODE);
                 return ALLOW;
             }
@@ -176,6 +176,12 @@ fn remember_fast(ctx: &SockAddrContext, edge: EdgeKey, peer_cookie: u64) -> bool
 /// Marks the socket, so that its SYN takes the workload's local route to the agent's listener.
 #[inline(always)]
 fn capture(ctx: &SockAddrContext, source: &Workload) -> i32 {
+    if source.flags & FLAG_SAME_NODE != 0 {
+        // An earlier connect(2) of this socket may have been let through and have failed before its SYN: what it was
+        // let through for must not be recorded for this one.
+        // SAFETY: the context is valid for the program's run.
+        let _ = FAST_SOCKETS.remove(unsafe { bpf_get_socket_cookie(ctx.as_ptr()) });
+    }
     if !agent_listens(source.cookie, CLASS_OUTBOUND) {
         if source.flags & FLAG_FAIL_CLOSED == 0 {
             count(counter::FAILED_OPEN);
@@ -210,12 +216,23 @@ fn unbind_device(ctx: &SockAddrContext) -> bool {
 
 #[inline(always)]
 fn mark(ctx: &SockAddrContext) -> bool {
+    set_option(ctx, SO_MARK, socket_mark(ctx) | CAPTURE_MARK)
+}
+
+/// A socket whose earlier connect(2) was captured keeps the mark, which would send its SYN over `lo` again.
+#[inline(always)]
+fn unmark(ctx: &SockAddrContext) -> bool {
+    let mark = socket_mark(ctx);
+    mark & CAPTURE_MARK == 0 || set_option(ctx, SO_MARK, mark & !CAPTURE_MARK)
+}
+
+#[inline(always)]
+fn socket_mark(ctx: &SockAddrContext) -> u32 {
     // SAFETY: as above.
-    let mark = unsafe {
+    unsafe {
         let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
         if sk.is_null() { 0 } else { (*sk).mark }
-    };
-    set_option(ctx, SO_MARK, mark | CAPTURE_MARK)
+    }
 }
 
 #[inline(always)]

@@ -50,24 +50,40 @@ pub fn weft_agent_flow(ctx: SockOpsContext) -> u32 {
 #[inline(always)]
 fn workload_connects(ctx: &SockOpsContext) {
     let key = tuple(ctx);
-    let Some(fast) = fast_socket(ctx) else {
-        // An earlier same-node flow may have had this tuple: its entry would swallow the captured SYN.
-        let _ = FLOWS.remove(&key);
+    let fast = fast_socket(ctx).filter(|fast| is_for(fast, &key));
+    let Some(fast) = fast else {
+        forget_own(ctx, &key);
         return;
     };
-    // A workload that gave itself a foreign address is not recorded: the source must be its own.
-    // SAFETY: plain data.
-    let own =
-        unsafe { ADDRESSES.get(&key.source) }.is_some_and(|owner| owner.cookie == fast.edge.cookie);
-    if !own || key.destination != fast.edge.address {
-        return;
-    }
     let flow = Flow {
         started_ns: now_ns(),
         source_cookie: fast.edge.cookie,
         destination_cookie: fast.peer_cookie,
     };
     record(ctx, &key, &flow);
+}
+
+/// An earlier same-node flow may have had this tuple: its entry is not for the connection that begins now. The entry
+/// of another workload stays, whatever address this one gave itself: without it that flow could not be revoked.
+#[inline(always)]
+fn forget_own(ctx: &SockOpsContext, key: &FlowKey) {
+    // SAFETY: the context is valid for the program's run.
+    let cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: plain data.
+    if unsafe { FLOWS.get(key) }.is_some_and(|flow| flow.source_cookie == cookie) {
+        let _ = FLOWS.remove(key);
+    }
+}
+
+/// Whether the connection is the one that was let through. A workload that gave itself a foreign address is not
+/// recorded: the source must be its own.
+#[inline(always)]
+fn is_for(fast: &FastSocket, key: &FlowKey) -> bool {
+    let destination =
+        key.destination == fast.edge.address && key.destination_port == fast.edge.port;
+    // SAFETY: plain data.
+    let owner = unsafe { ADDRESSES.get(&key.source) };
+    destination && owner.is_some_and(|owner| owner.cookie == fast.edge.cookie)
 }
 
 #[inline(always)]

@@ -242,9 +242,9 @@ pub struct EdgeCounters {
     pub closed: u64,
     /// Connections that were never established.
     pub failed: u64,
-    /// Bytes from client to server of ended connections (`bytes_acked`).
+    /// Bytes from client to server of ended connections (`bytes_acked`: SYN and FIN count as one each).
     pub sent_bytes: u64,
-    /// Bytes from server to client of ended connections (`bytes_received`).
+    /// Bytes from server to client of ended connections (`bytes_received`: FIN counts as one).
     pub received_bytes: u64,
     /// Segments sent again by ended connections.
     pub retransmits: u64,
@@ -302,23 +302,30 @@ const _: () = {
 };
 
 #[cfg(feature = "user")]
-#[allow(unsafe_code)]
+#[expect(
+    unsafe_code,
+    reason = "aya asks for a promise that these are plain bytes"
+)]
 mod user {
-    // SAFETY: every type is repr(C), made of integers only and without implicit padding (the size asserts above).
-    mod pod {
-        use aya::Pod;
-        unsafe impl Pod for crate::Address {}
-        unsafe impl Pod for crate::Workload {}
-        unsafe impl Pod for crate::ListenerKey {}
-        unsafe impl Pod for crate::EdgeKey {}
-        unsafe impl Pod for crate::Verdict {}
-        unsafe impl Pod for crate::Destination {}
-        unsafe impl Pod for crate::FlowKey {}
-        unsafe impl Pod for crate::Flow {}
-        unsafe impl Pod for crate::FastSocket {}
-        unsafe impl Pod for crate::EdgeCounters {}
-        unsafe impl Pod for crate::Globals {}
+    macro_rules! pod {
+        ($($name:ident),* $(,)?) => {
+            // SAFETY: the type is repr(C), made of integers only and without implicit padding (the size asserts above).
+            $(unsafe impl aya::Pod for crate::$name {})*
+        };
     }
+    pod!(
+        Address,
+        Workload,
+        ListenerKey,
+        EdgeKey,
+        Verdict,
+        Destination,
+        FlowKey,
+        Flow,
+        FastSocket,
+        EdgeCounters,
+        Globals,
+    );
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ pub fn weft_lookup(ctx: SkLookupContext) -> u32 {
     let Some(packet) = read(&ctx) else {
         return PASS;
     };
-    if packet.local.is_loopback() || packet.remote.is_loopback() || is_recorded(&packet) {
+    if packet.local.is_loopback() || packet.remote.is_loopback() {
         return PASS;
     }
     let own_remote = owner(&packet.remote);
@@ -42,7 +42,11 @@ pub fn weft_lookup(ctx: SkLookupContext) -> u32 {
         let Some(source) = own_remote else {
             return unknown(&ctx, &packet);
         };
-        return steer(&ctx, &source, CLASS_OUTBOUND);
+        return steer(&ctx, source, CLASS_OUTBOUND);
+    }
+    // Only now: a captured SYN may have the tuple of an earlier same-node flow.
+    if is_recorded(&packet) {
+        return PASS;
     }
     let own_local = owner(&packet.local);
     match (own_local, own_remote) {
@@ -51,7 +55,7 @@ pub fn weft_lookup(ctx: SkLookupContext) -> u32 {
             count(counter::INBOUND);
             steer(
                 &ctx,
-                &local,
+                local,
                 if packet.local_port == TUNNEL_PORT {
                     CLASS_TUNNEL
                 } else {
@@ -115,9 +119,9 @@ fn read(ctx: &SkLookupContext) -> Option<Packet> {
 }
 
 #[inline(always)]
-fn owner(address: &Address) -> Option<Workload> {
-    // SAFETY: plain data.
-    unsafe { ADDRESSES.get(address) }.copied()
+fn owner(address: &Address) -> Option<&'static Workload> {
+    // SAFETY: plain data; a reference, because the verifier sees a moved copy of nothing as a read of nothing.
+    unsafe { ADDRESSES.get(address) }
 }
 
 /// A same-node flow, or the agent's own connection to the application. The entry stays after the handshake, because

@@ -12,6 +12,7 @@
 pub mod capture;
 pub mod cgroup;
 pub mod cleanup;
+pub mod conversation;
 pub mod histogram;
 pub mod http;
 pub mod inventory;
@@ -25,4 +26,5 @@ pub mod process;
 pub mod programs;
 pub mod seqecho;
 pub mod skip;
+pub mod sockets;
 pub mod wait;

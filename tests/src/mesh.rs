@@ -3,7 +3,7 @@
 //! The programs are used as an operator would: by their command lines, the folder of manifests, `weft`, and metrics.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
@@ -374,6 +374,31 @@ impl Mesh {
         ))
     }
 
+    /// Waits until every agent enforces exactly these policies (`<namespace>/<name>`), generated ones included, and
+    /// those that select workloads are listed by some.
+    ///
+    /// # Errors
+    /// They do not arrive; the error carries what an agent has.
+    pub fn wait_policies(&self, lab: &Lab, expected: &[&str]) -> Result<()> {
+        let expected: BTreeSet<String> = expected.iter().map(|key| (*key).to_owned()).collect();
+        for node in lab.nodes() {
+            let mut last = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+            wait::until(
+                &format!("the policies {expected:?} on {}", node.name),
+                LIMIT,
+                || {
+                    let text = self.weft(lab, node, &["-o", "json", "dump"])?.ok()?;
+                    let state: Value = serde_json::from_str(&text)?;
+                    last = policies(&state["mesh"]);
+                    let (known, selecting, listed) = &last;
+                    Ok((*known == expected && selecting == listed).then_some(()))
+                },
+            )
+            .with_context(|| format!("known, selecting, listed: {last:?}"))?;
+        }
+        Ok(())
+    }
+
     /// Scrapes a node's agent.
     ///
     /// # Errors
@@ -490,6 +515,22 @@ impl Mesh {
     fn config_file(&self) -> PathBuf {
         self.directory.join("agent.yaml")
     }
+}
+
+/// Of a dump: the keys of all policies, of those that select workloads, and of those that workloads list.
+fn policies(mesh: &Value) -> (BTreeSet<String>, BTreeSet<String>, BTreeSet<String>) {
+    fn items(section: &Value) -> impl Iterator<Item = &Value> {
+        section["items"].as_array().into_iter().flatten()
+    }
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let known = items(&mesh["policies"]).map(|policy| text(&policy["key"]));
+    let selecting = items(&mesh["policies"])
+        .filter(|policy| policy["scope"] == "Selected")
+        .map(|policy| text(&policy["key"]));
+    let listed = items(&mesh["workloads"])
+        .flat_map(|workload| workload["policies"].as_array().into_iter().flatten())
+        .map(text);
+    (known.collect(), selecting.collect(), listed.collect())
 }
 
 fn pod_file(pod: &Pod) -> String {

@@ -38,3 +38,10 @@ pub fn run(options: &Options) -> Result<()> {
     ));
     Ok(())
 }
+
+/// Builds the programs and every test, unoptimised, in one go: cargo gives dependencies other features for tests
+/// than for programs alone, and would compile half of them twice.
+pub fn programs_and_tests() -> Result<()> {
+    setup::ensure(&[Need::Build])?;
+    shell::run(cargo().args(["build", "--workspace", "--all-targets"]))
+}

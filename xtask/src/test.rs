@@ -74,7 +74,7 @@ pub fn run(options: &Options) -> Result<()> {
         setup::ensure(&[Need::Build])?;
     } else {
         setup::ensure(&[Need::Build, Need::Lab])?;
-        build::programs(false)?;
+        build::programs_and_tests()?;
     }
     let skips =
         skip::Notes::collect().context("cannot make the file that collects skipped tests")?;
@@ -117,8 +117,7 @@ fn end_to_end(options: &Options, skips: &skip::Notes, summary: &mut Summary) -> 
     let mut command = cargo();
     command.args([
         "test",
-        "-p",
-        "mesh-tests",
+        "--workspace",
         "--test",
         "*",
         "--no-fail-fast",

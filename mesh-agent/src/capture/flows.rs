@@ -62,15 +62,17 @@ impl Capture {
     /// # Errors
     /// Those of [`diag::destroy_tcp`].
     pub fn end_flow(&self, flow: &SameNodeFlow) -> std::io::Result<()> {
-        diag::destroy_tcp(
-            &flow.source.local.netns,
-            flow.source_address,
-            flow.destination_address,
-        )?;
+        // The server's end first: its RST is what the client sees then (ECONNRESET, as by a tunnel); a destroyed socket
+        // itself sees ECONNABORTED. The client's end after it, in case the RST was lost.
         diag::destroy_tcp(
             &flow.destination.local.netns,
             flow.destination_address,
             flow.source_address,
+        )?;
+        diag::destroy_tcp(
+            &flow.source.local.netns,
+            flow.source_address,
+            flow.destination_address,
         )?;
         self.kernel().forget_flow(&flow.key);
         Ok(())

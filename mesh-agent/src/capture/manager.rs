@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Listeners, LocalWorkload, Verdicts, dial, error::CaptureError, kernel::Kernel, steering,
+    steering::FormerSysctls,
 };
 use crate::{
     discovery::model::{CaptureSettings, FailureMode, SameNode},
@@ -31,8 +32,8 @@ pub struct Record {
     pub cookie: u64,
     /// Addresses that were captured.
     pub addresses: Vec<IpAddr>,
-    /// Value of `tcp_fwmark_accept` before.
-    pub former_fwmark_accept: String,
+    /// The namespace's sysctls before.
+    pub former_sysctls: FormerSysctls,
 }
 
 /// A workload whose traffic is captured.
@@ -128,15 +129,15 @@ impl Capture {
         let addresses = self.check(enrolment, &netns)?;
         let former = former.filter(|record| record.cookie == netns.cookie().0);
         let listeners = dial::listen(&netns)?;
-        let sysctl = steering::install(&netns, &addresses).await;
+        let sysctls = steering::install(&netns, &addresses).await;
         let record = Record {
             enrolment: enrolment.clone(),
             cookie: netns.cookie().0,
             addresses: addresses.clone(),
-            former_fwmark_accept: match (former, &sysctl) {
-                (Some(record), _) => record.former_fwmark_accept.clone(),
-                (None, Ok(value)) => value.clone(),
-                (None, Err(_)) => "0".to_owned(),
+            former_sysctls: match (former, &sysctls) {
+                (Some(record), _) => record.former_sysctls.clone(),
+                (None, Ok(values)) => values.clone(),
+                (None, Err(_)) => FormerSysctls::kernel_defaults(),
             },
         };
         let local = Arc::new(LocalWorkload {
@@ -148,7 +149,7 @@ impl Capture {
             connections: std::sync::atomic::AtomicU64::new(0),
         });
         let enrolled = Enrolled { local, record };
-        if let Err(error) = sysctl
+        if let Err(error) = sysctls
             .map(|_| ())
             .and_then(|()| self.capture(&enrolled, &listeners, settings))
         {
@@ -186,10 +187,10 @@ impl Capture {
     pub async fn clean(&self, released: &Enrolled) -> Result<(), CaptureError> {
         let Record {
             addresses,
-            former_fwmark_accept,
+            former_sysctls,
             ..
         } = &released.record;
-        steering::remove(&released.local.netns, addresses, former_fwmark_accept).await
+        steering::remove(&released.local.netns, addresses, former_sysctls).await
     }
 
     /// Brings the kernel's entries of a workload in line with its settings. Returns whether anything was different.
@@ -364,7 +365,7 @@ pub async fn undo_record(record: &Record) -> Result<(), CaptureError> {
     if netns.cookie().0 != record.cookie {
         return Ok(());
     }
-    steering::remove(&netns, &record.addresses, &record.former_fwmark_accept).await
+    steering::remove(&netns, &record.addresses, &record.former_sysctls).await
 }
 
 fn kernel_workload(enrolled: &Enrolled, settings: CaptureSettings) -> mesh_ebpf::Workload {

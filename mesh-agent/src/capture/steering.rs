@@ -1,10 +1,10 @@
 //! What capture needs inside a workload's namespace: one policy rule and one local route per address family, and the
-//! sysctl that lets replies of spoofed connections find their way. All of it is undone on un-enrolment.
+//! sysctls that let replies of spoofed connections find their way. All of it is undone on un-enrolment.
 
 use std::{
-    fs,
+    collections::BTreeMap,
+    fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::Path,
 };
 
 use mesh_ebpf::CAPTURE_MARK;
@@ -16,6 +16,7 @@ use rtnetlink::{
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
+use serde::{Deserialize, Serialize};
 
 use super::error::CaptureError;
 use crate::sys::netns::Netns;
@@ -26,10 +27,30 @@ pub const ROUTE_TABLE: u32 = 15_001;
 const RULE_PRIORITY: u32 = 15_001;
 /// `lo` in every namespace.
 const LOOPBACK_INDEX: u32 = 1;
-/// Accepted sockets take the mark of their SYN: the application's replies to a spoofed client address then take the
-/// local route back to the agent (Documentation/networking/ip-sysctl.rst, `tcp_fwmark_accept`). One switch for both
-/// address families.
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// Answers take the mark of what they answer, so that answers to a spoofed client address take the local route back
+/// to the agent (Documentation/networking/ip-sysctl.rst). `tcp_fwmark_accept`, one switch for both address families,
+/// does so for accepted sockets; `fwmark_reflect` for what the kernel answers without a socket: without it the RST
+/// of a closed port leaves the namespace, and a refused connection looks like a timeout.
+const SYSCTLS: [&str; 3] = [
+    "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/fwmark_reflect",
+    "/proc/sys/net/ipv6/fwmark_reflect",
+];
+/// The one of [`SYSCTLS`] that a kernel without IPv6 lacks.
+const IPV6_SYSCTLS: &str = "/proc/sys/net/ipv6/";
+
+/// Values of the sysctls before capture, by path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FormerSysctls(BTreeMap<String, String>);
+
+impl FormerSysctls {
+    /// The kernel's own defaults, for when nobody knows the former values.
+    #[must_use]
+    pub fn kernel_defaults() -> Self {
+        Self(SYSCTLS.map(|path| (path.to_owned(), "0".to_owned())).into())
+    }
+}
 
 /// Addresses of a namespace by family, loopback and link-local ones left out.
 pub fn addresses(netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {
@@ -66,9 +87,9 @@ pub fn addresses(netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {
     Ok(found)
 }
 
-/// Installs rule, routes and sysctl. Idempotent: what a previous agent left is taken over. Returns the former value
-/// of the sysctl, to be given to [`remove`].
-pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<String, CaptureError> {
+/// Installs rule, routes and sysctls. Idempotent: what a previous agent left is taken over. Returns the former values
+/// of the sysctls, to be given to [`remove`].
+pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<FormerSysctls, CaptureError> {
     let handle = connect(netns)?;
     for family in families(addresses) {
         let added = handle.rule().add();
@@ -96,13 +117,21 @@ pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<String, Capt
             .await
             .map_err(|error| failure(netns, "add the capture route")(error.to_string()))?;
     }
-    let former = netns
-        .run(|| read_sysctl().and_then(|former| fs::write(FWMARK_ACCEPT, "1").map(|()| former)))
-        .map_err(|source| CaptureError::Netns {
-            path: netns.path().to_owned(),
-            source,
-        })?
-        .map_err(CaptureError::file("set", FWMARK_ACCEPT))?;
+    let mut former = FormerSysctls(BTreeMap::new());
+    for path in SYSCTLS {
+        let read = in_namespace(netns, || fs::read_to_string(path))?;
+        let value = match read {
+            Ok(value) => value,
+            Err(error)
+                if error.kind() == io::ErrorKind::NotFound && path.starts_with(IPV6_SYSCTLS) =>
+            {
+                continue;
+            }
+            Err(error) => return Err(CaptureError::file("read", path)(error)),
+        };
+        in_namespace(netns, || fs::write(path, "1"))?.map_err(CaptureError::file("set", path))?;
+        former.0.insert(path.to_owned(), value.trim().to_owned());
+    }
     Ok(former)
 }
 
@@ -110,7 +139,7 @@ pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<String, Capt
 pub async fn remove(
     netns: &Netns,
     addresses: &[IpAddr],
-    former_sysctl: &str,
+    former: &FormerSysctls,
 ) -> Result<(), CaptureError> {
     let handle = connect(netns)?;
     let mut first_error = None;
@@ -130,21 +159,25 @@ pub async fn remove(
             first_error.get_or_insert(error);
         }
     }
-    let restored = netns
-        .run(|| fs::write(FWMARK_ACCEPT, former_sysctl))
-        .map_err(|source| CaptureError::Netns {
-            path: netns.path().to_owned(),
-            source,
-        })
-        .and_then(|written| written.map_err(CaptureError::file("restore", FWMARK_ACCEPT)));
-    if let Err(error) = restored {
-        first_error.get_or_insert(error);
+    // Only paths that we know: the values may come from a file.
+    for path in SYSCTLS {
+        let Some(value) = former.0.get(path) else {
+            continue;
+        };
+        let restored = in_namespace(netns, || fs::write(path, value))
+            .and_then(|written| written.map_err(CaptureError::file("restore", path)));
+        if let Err(error) = restored {
+            first_error.get_or_insert(error);
+        }
     }
     first_error.map_or(Ok(()), Err)
 }
 
-fn read_sysctl() -> std::io::Result<String> {
-    fs::read_to_string(Path::new(FWMARK_ACCEPT)).map(|text| text.trim().to_owned())
+fn in_namespace<T>(netns: &Netns, run: impl FnOnce() -> T) -> Result<T, CaptureError> {
+    netns.run(run).map_err(|source| CaptureError::Netns {
+        path: netns.path().to_owned(),
+        source,
+    })
 }
 
 fn rule_message(family: AddressFamily) -> RuleMessage {

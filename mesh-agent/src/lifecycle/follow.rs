@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use mesh_api::identity::Identity;
+use tokio::time::timeout;
 
 use super::agent::Agent;
 use crate::discovery::model::CaptureSettings;
@@ -10,6 +11,9 @@ use crate::discovery::model::CaptureSettings;
 /// How often the kernel is asked whether capture is whole. A lost piece means uncaptured connections, so well within
 /// the ten seconds that are promised; asking costs a few system calls per workload.
 const REPAIR_INTERVAL: Duration = Duration::from_secs(5);
+/// When same-node flows are looked at again after a change: a `connect(2)` that had read its verdict just before the
+/// change is recorded just after the first look.
+const SECOND_LOOK: Duration = Duration::from_millis(500);
 
 impl Agent {
     /// Compares the kernel with what should be there, and puts back what is missing, for ever.
@@ -45,7 +49,12 @@ impl Agent {
         loop {
             generations.borrow_and_update();
             self.mesh_changed();
-            if generations.changed().await.is_err() {
+            let mut next = timeout(SECOND_LOOK, generations.changed()).await;
+            if next.is_err() {
+                self.end_forbidden_flows();
+                next = Ok(generations.changed().await);
+            }
+            if !matches!(next, Ok(Ok(()))) {
                 return;
             }
         }

@@ -190,7 +190,7 @@ mod tests {
             },
             cookie: 7,
             addresses: vec![[10, 0, 0, 1].into()],
-            former_fwmark_accept: "0".into(),
+            former_sysctls: crate::capture::steering::FormerSysctls::kernel_defaults(),
         }
     }
 

@@ -90,7 +90,10 @@ impl Agent {
             }
             let (from, to) = (flow.source_address, flow.destination_address);
             match self.capture.end_flow(&flow) {
-                Ok(()) => tracing::info!(%from, %to, "same-node flow ended: policy forbids it now"),
+                Ok(()) => {
+                    self.telemetry.policy.revoked.inc();
+                    tracing::info!(%from, %to, "same-node flow ended: policy forbids it now");
+                }
                 Err(error) => {
                     tracing::error!(%from, %to, %error, "cannot end a same-node flow that policy forbids")
                 }

@@ -74,7 +74,7 @@ pub(super) async fn upstream(config: &AgentConfig, run_dir: &Path) -> Result<Ups
         .await
         .map_err(|error| AgentError::ControlPlane(error.to_string()))?;
     let (roots_file, token_file) = (run_dir.join(ROOTS_FILE), run_dir.join(TOKEN_FILE));
-    write_private(&roots_file, &handle.roots_pem())?;
+    write_private(&roots_file, handle.roots_pem())?;
     write_private(&token_file, &handle.node_token(&config.node.name))?;
     Ok(Upstream {
         address: format!("https://{}", handle.address()),

@@ -17,16 +17,16 @@ use tokio::{
     net::TcpStream,
     time::{timeout, timeout_at},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::server::TlsStream;
 
 use super::{
     OWN_PORTS, never_a_destination,
     registry::{Judged, Registered},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
     tunnel::{
-        Incoming, TunnelServer,
+        Incoming, TunnelServer, TunnelStream,
         headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
-        transport::ReadAhead,
+        transport::{ReadAhead, accept_tls},
     },
     unmapped,
     worker::{Admission, Served, Worker},
@@ -178,34 +178,19 @@ async fn shake_hands(
         }
     };
     let began = Instant::now();
-    let acceptor = TlsAcceptor::from(certified.server.clone());
-    let stream = match timeout_at(deadline, acceptor.accept(ReadAhead::new(socket))).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => {
-            tracing::debug!(%error, "TLS handshake failed");
-            return None;
-        }
-        Err(_) => {
-            tracing::debug!("TLS handshake took too long");
-            return None;
-        }
-    };
+    let shaken = accept_tls(certified.server.clone(), socket, deadline).await;
+    let stream = shaken
+        .inspect_err(|error| tracing::debug!(%error, "no TLS with a client"))
+        .ok()?;
     context
         .telemetry
         .observe_handshake(Direction::Inbound, began.elapsed());
     let identity = peer_identity(stream.get_ref().1.peer_certificates())?;
-    let handshake = TunnelServer::handshake(context.codec, stream, &context.limits);
-    match timeout(context.limits.time.first_frame, handshake).await {
-        Ok(Ok(server)) => Some((identity, server)),
-        Ok(Err(error)) => {
-            tracing::debug!(%error, peer = %identity, "no HTTP/2 on a tunnel");
-            None
-        }
-        Err(_) => {
-            tracing::debug!(peer = %identity, "no HTTP/2 preface in time");
-            None
-        }
-    }
+    let server = TunnelServer::handshake(context.codec, stream, &context.limits).await;
+    let server = server
+        .inspect_err(|error| tracing::debug!(%error, peer = %identity, "no HTTP/2 on a tunnel"))
+        .ok()?;
+    Some((identity, server))
 }
 
 async fn serve_streams(
@@ -251,15 +236,45 @@ async fn serve_connect(
     worker: Rc<Worker>,
     served: Arc<Served>,
     ends: Rc<TunnelEnds>,
-    mut incoming: Incoming,
+    incoming: Incoming,
 ) {
-    let began = Instant::now();
     let Ok(_admission) = worker.shared.admit(worker.index, &served, true) else {
         return incoming.refuse(InboundError::Limit.status());
     };
+    // Boxed, so that an established connection does not carry what only its beginning needs.
+    let Some(connected) = Box::pin(answer_connect(&worker, &served, &ends, incoming)).await else {
+        return;
+    };
+    let Connected {
+        app,
+        stream,
+        registered,
+        open,
+    } = connected;
+    let idle = worker.context.limits.time.half_close_idle;
+    let end = relay_tunnel(app, stream, &InboundMeter(&open), registered.signal(), idle).await;
+    open.finish(close_reason(end));
+}
+
+/// A CONNECT stream that was answered with 200.
+struct Connected {
+    app: TcpStream,
+    stream: TunnelStream,
+    registered: Registered,
+    open: OpenConnection,
+}
+
+/// Admits or refuses a request, and answers it.
+async fn answer_connect(
+    worker: &Rc<Worker>,
+    served: &Arc<Served>,
+    ends: &TunnelEnds,
+    mut incoming: Incoming,
+) -> Option<Connected> {
+    let began = Instant::now();
     let mut guest = Guest {
-        worker: &worker,
-        served: &served,
+        worker,
+        served,
         peer: Some(ends.identity.clone()),
         client: ends.peer,
         workload: served.local.workload.load_full(),
@@ -291,7 +306,8 @@ async fn serve_connect(
                 .context
                 .telemetry
                 .failed(&info, error.reason(), &error);
-            return incoming.refuse(error.status());
+            incoming.refuse(error.status());
+            return None;
         }
     };
     let mut headers = HeaderMap::new();
@@ -303,7 +319,8 @@ async fn serve_connect(
             .context
             .telemetry
             .failed(&info, CloseReason::ClientReset, &InboundError::Abandoned);
-        return reset(app);
+        reset(app);
+        return None;
     };
     worker.context.telemetry.observe_connect(
         Direction::Inbound,
@@ -311,9 +328,12 @@ async fn serve_connect(
         began.elapsed(),
     );
     let open = worker.context.telemetry.open(info);
-    let idle = worker.context.limits.time.half_close_idle;
-    let end = relay_tunnel(app, stream, &InboundMeter(&open), registered.signal(), idle).await;
-    open.finish(close_reason(end));
+    Some(Connected {
+        app,
+        stream,
+        registered,
+        open,
+    })
 }
 
 /// Carries one captured plaintext connection from its accept to its end.
@@ -324,6 +344,7 @@ pub(super) async fn serve_plaintext(
     admission: Admission,
 ) {
     let began = Instant::now();
+    relay::guard(&client);
     let served = admission.served().clone();
     let Ok(destination) = client.local_addr().map(unmapped) else {
         return reset(client);
@@ -447,8 +468,14 @@ impl Guest<'_> {
         };
         let registered = self.worker.registry.enter(self.served.id, Some(judged));
         let proof = match self.worker.context.judge(local, &connection) {
-            Some(Decision::Allowed(proof)) => proof,
-            Some(Decision::Denied { policy, .. }) => return Err(InboundError::Denied { policy }),
+            Some(Decision::Allowed(proof)) => {
+                self.worker.context.telemetry.audited(proof.audited());
+                proof
+            }
+            Some(Decision::Denied { policy, audited }) => {
+                self.worker.context.telemetry.audited(&audited);
+                return Err(InboundError::Denied { policy });
+            }
             None => return Err(InboundError::UnknownWorkload),
         };
         let limit = self.worker.context.limits.time.connect;

@@ -130,6 +130,7 @@ pub(super) async fn serve(
     admission: Admission,
 ) {
     let began = Instant::now();
+    relay::guard(&app);
     let local = admission.served().local.clone();
     let registered = worker.registry.enter(admission.served().id, None);
     let Ok(destination) = app.local_addr().map(unmapped) else {
@@ -392,6 +393,10 @@ impl<'a> Attempt<'a> {
             match opened.unwrap_or(Err(TunnelError::TimedOut("answer CONNECT"))) {
                 Ok((stream, _)) => return Ok(Upstream::Tunnel(stream, lease)),
                 Err(error @ TunnelError::NotTaken) => last = error,
+                // The tunnel had died unnoticed: no byte was passed on, so a new one may try.
+                Err(error @ TunnelError::Protocol(_)) if !lease.tunnel().client.is_open() => {
+                    last = error;
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -484,7 +489,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// Whether the next connection may go from application to application in the kernel: both on this node, both
-    /// without a wish for more, and allowed by the destination's policy, which nobody asks then.
+    /// without a wish for more, and allowed by the destination's policy, which nobody asks then, without an audit.
     fn may_stay_in_kernel(&self) -> bool {
         let (Some(source), Some(endpoint)) = (&self.source, &self.endpoint) else {
             return false;
@@ -499,7 +504,8 @@ impl<'a> Attempt<'a> {
             destination: endpoint.address,
         };
         let decision = policy::authorize(&self.worker.context.mesh.read(), workload, &connection);
-        matches!(decision, Decision::Allowed(_))
+        // An audit is for the proxy to count: in the kernel nobody would.
+        matches!(decision, Decision::Allowed(proof) if proof.audited().is_empty())
     }
 }
 
@@ -584,6 +590,15 @@ mod tests {
             ..good
         };
         assert!(!kernel_eligible(&source, &host, "node-a"), "host network");
+    }
+
+    #[test]
+    fn a_connections_task_is_small() {
+        fn size<A, B, C, D, F>(_: fn(A, B, C, D) -> F) -> usize {
+            size_of::<F>()
+        }
+        let size = size(serve);
+        assert!(size <= 2048, "outbound takes {size} bytes per connection");
     }
 
     #[test]

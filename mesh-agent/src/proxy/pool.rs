@@ -209,8 +209,8 @@ impl<C: Connector> Pool<C> {
             slot.tunnel.is_open() && (slot.streams.get() > 0 || slot.usable(context))
         });
         if tunnels.len() < before {
-            self.connector
-                .note(PoolEvent::Evicted(before - tunnels.len()));
+            let gone = before - tunnels.len();
+            self.connector.note(PoolEvent::Evicted(gone));
         }
         let slot = tunnels
             .iter()
@@ -256,11 +256,14 @@ impl<C: Connector> Pool<C> {
         }
         entry.connecting.set(true);
         let (pool, key, context) = (self.clone(), key.clone(), context.clone());
-        let settle = Settle(entry.clone());
+        // What is told when the set-up panics.
+        let error = Some(TunnelError::NotTaken);
+        let mut settle = Settle {
+            entry: entry.clone(),
+            error,
+        };
         tokio::task::spawn_local(async move {
-            let entry = settle.0.clone();
-            let outcome = pool.connector.connect(&key, &context).await;
-            let error = match outcome {
+            let outcome = match pool.connector.connect(&key, &context).await {
                 Ok(tunnel) => {
                     let slot = Slot {
                         tunnel,
@@ -268,12 +271,12 @@ impl<C: Connector> Pool<C> {
                         streams: Cell::new(0),
                         idle_since: Cell::new(Instant::now()),
                     };
-                    entry.tunnels.borrow_mut().push(Rc::new(slot));
+                    settle.entry.tunnels.borrow_mut().push(Rc::new(slot));
                     None
                 }
                 Err(error) => Some(error),
             };
-            settle.done(error);
+            settle.tell(outcome);
         });
         Ok(())
     }
@@ -335,20 +338,25 @@ impl<C: Connector> Drop for Waits<'_, C> {
     }
 }
 
-/// Wakes those who wait for a set-up, also when it panicked.
-struct Settle<C: Connector>(Rc<Entry<C>>);
+/// Tells those who wait for a set-up how it went, also when it panicked.
+struct Settle<C: Connector> {
+    entry: Rc<Entry<C>>,
+    error: Option<TunnelError>,
+}
 
 impl<C: Connector> Settle<C> {
-    fn done(self, error: Option<TunnelError>) {
-        let count = self.0.outcome.borrow().0;
-        *self.0.outcome.borrow_mut() = (count + 1, error);
+    fn tell(&mut self, error: Option<TunnelError>) {
+        self.error = error;
     }
 }
 
 impl<C: Connector> Drop for Settle<C> {
     fn drop(&mut self) {
-        self.0.connecting.set(false);
-        self.0.changed.notify_waiters();
+        let mut outcome = self.entry.outcome.borrow_mut();
+        *outcome = (outcome.0 + 1, self.error.take());
+        drop(outcome);
+        self.entry.connecting.set(false);
+        self.entry.changed.notify_waiters();
     }
 }
 

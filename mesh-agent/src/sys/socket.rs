@@ -65,15 +65,23 @@ pub fn set_mark(socket: BorrowedFd<'_>, mark: u32) -> io::Result<()> {
 /// # Errors
 /// Those of `setsockopt(2)`.
 pub fn set_reset_on_close(socket: BorrowedFd<'_>) -> io::Result<()> {
-    set(
-        socket,
-        libc::SOL_SOCKET,
-        libc::SO_LINGER,
-        libc::linger {
-            l_onoff: 1,
-            l_linger: 0,
-        },
-    )
+    set_linger(socket, true)
+}
+
+/// Undoes [`set_reset_on_close`]: `close(2)` sends what is unsent, then FIN.
+///
+/// # Errors
+/// Those of `setsockopt(2)`.
+pub fn set_finish_on_close(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set_linger(socket, false)
+}
+
+fn set_linger(socket: BorrowedFd<'_>, on: bool) -> io::Result<()> {
+    let linger = libc::linger {
+        l_onoff: on.into(),
+        l_linger: 0,
+    };
+    set(socket, libc::SOL_SOCKET, libc::SO_LINGER, linger)
 }
 
 /// Round-trip time and retransmissions of a TCP socket.

@@ -249,7 +249,8 @@ pub struct PolicyMetrics {
     denied: IntCounterVec,
     /// Connections that an audit policy would have denied, by policy (`<namespace>/<name>`).
     pub audit: BoundedCounters,
-    /// Connections closed because a policy changed. Ending one with the reason `Revoked` counts it.
+    /// Connections closed because a policy changed, those in the kernel too. Ending one with the reason `Revoked`
+    /// counts it.
     pub revoked: IntCounter,
 }
 

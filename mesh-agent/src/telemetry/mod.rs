@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_api::{identity::Identity, local::Edge};
+use mesh_api::{identity::Identity, local::Edge, names::NamespacedName};
 use prometheus::{HistogramVec, Registry, TextEncoder};
 
 use crate::{discovery::model::Workload, sys::socket::TcpStatistics};
@@ -285,6 +285,13 @@ impl Telemetry {
             rtt_us: AtomicU32::new(0),
             retransmits: AtomicU32::new(0),
             finished: false,
+        }
+    }
+
+    /// Counts a connection that these audit policies would have refused.
+    pub fn audited(&self, policies: &[NamespacedName]) {
+        for policy in policies {
+            self.policy.audit.inc(&policy.to_string());
         }
     }
 

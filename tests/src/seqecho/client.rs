@@ -59,6 +59,9 @@ pub struct ClientOptions {
     /// Source address
     #[arg(long)]
     pub bind: Option<IpAddr>,
+    /// Source port, together with --bind; 0 for the kernel's choice
+    #[arg(long, default_value_t = 0, requires = "bind")]
+    pub source_port: u16,
 }
 
 /// What happens on a connection.
@@ -164,7 +167,7 @@ fn connect(options: &ClientOptions) -> io::Result<TcpStream> {
     let limit = Duration::from_millis(options.limit_ms);
     let stream = match options.bind {
         None => TcpStream::connect_timeout(&options.to, limit)?,
-        Some(source) => bound(options.to, source)?,
+        Some(source) => bound(options.to, SocketAddr::new(source, options.source_port))?,
     };
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(limit))?;
@@ -173,7 +176,7 @@ fn connect(options: &ClientOptions) -> io::Result<TcpStream> {
 }
 
 /// Connects from a given source address (the kernel's own limit applies to the connect).
-fn bound(to: SocketAddr, source: IpAddr) -> io::Result<TcpStream> {
+fn bound(to: SocketAddr, source: SocketAddr) -> io::Result<TcpStream> {
     use nix::sys::socket::{
         AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket,
     };
@@ -184,10 +187,7 @@ fn bound(to: SocketAddr, source: IpAddr) -> io::Result<TcpStream> {
         AddressFamily::Inet6
     };
     let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    bind(
-        socket.as_raw_fd(),
-        &SockaddrStorage::from(SocketAddr::new(source, 0)),
-    )?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(source))?;
     connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
     Ok(socket.into())
 }

@@ -11,6 +11,8 @@ pub struct Edge {
     pub source: String,
     /// Identity of the server.
     pub destination: String,
+    /// Name of the server's workload.
+    pub workload: String,
     /// `mutual_tls` or `kernel`.
     pub security: String,
     /// Node whose agent counted it.
@@ -119,8 +121,13 @@ impl Report {
             // Writing to a String cannot fail.
             let _ = writeln!(
                 text,
-                "  {} -> {}  {} ({} connections, seen by {})",
-                edge.source, edge.destination, edge.security, edge.connections, edge.node
+                "  {} -> {} ({})  {}: {} connections, counted by {}",
+                edge.source,
+                edge.destination,
+                edge.workload,
+                edge.security,
+                edge.connections,
+                edge.node
             );
         }
         let _ = writeln!(

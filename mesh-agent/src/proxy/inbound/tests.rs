@@ -104,3 +104,19 @@ fn plaintext_reaches_only_the_workloads_own_ports() {
         assert!(reach(text).is_err(), "{text}");
     }
 }
+
+#[test]
+fn a_connections_task_is_small() {
+    fn size<A, B, C, D, F>(_: fn(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+    let (tunnelled, plaintext) = (size(serve_connect), size(serve_plaintext));
+    assert!(
+        tunnelled <= 2048,
+        "a tunnelled connection takes {tunnelled} bytes"
+    );
+    assert!(
+        plaintext <= 2048,
+        "a plaintext connection takes {plaintext} bytes"
+    );
+}

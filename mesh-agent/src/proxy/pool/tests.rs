@@ -28,6 +28,7 @@ struct FakeConnector {
     permits: Rc<Semaphore>,
     made: Rc<RefCell<Vec<FakeTunnel>>>,
     failing: Rc<Cell<bool>>,
+    panicking: Rc<Cell<bool>>,
 }
 
 impl FakeConnector {
@@ -40,6 +41,7 @@ impl FakeConnector {
             permits: Rc::new(Semaphore::new(permits)),
             made: Rc::default(),
             failing: Rc::default(),
+            panicking: Rc::default(),
         }
     }
 }
@@ -50,6 +52,7 @@ impl Connector for FakeConnector {
 
     async fn connect(&self, key: &PoolKey, _: &u32) -> Result<FakeTunnel, TunnelError> {
         self.permits.acquire().await.expect("never closed").forget();
+        assert!(!self.panicking.get(), "a panic that a test asked for");
         if self.failing.get() {
             return Err(TunnelError::TimedOut("answer"));
         }
@@ -308,6 +311,21 @@ async fn idle_tunnels_are_released_and_used_ones_are_not() {
             assert_eq!(pool.len(), 2);
             pool.sweep(Instant::now() + idle);
             assert_eq!(pool.len(), 1);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_set_up_that_panics_is_a_failure_and_the_next_call_tries_again() {
+    let connector = FakeConnector::ready();
+    connector.panicking.set(true);
+    let pool = pool(&connector);
+    let key = key("web", "cart");
+    LocalSet::new()
+        .run_until(async {
+            assert!(pool.lease(&key, &0).await.is_err());
+            connector.panicking.set(false);
+            assert!(pool.lease(&key, &0).await.is_ok());
         })
         .await;
 }

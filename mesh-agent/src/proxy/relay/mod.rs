@@ -25,7 +25,7 @@ use tokio::{
 
 use super::registry::CloseSignal;
 use crate::{
-    sys::socket::{set_reset_on_close, unacknowledged_bytes},
+    sys::socket::{set_finish_on_close, set_reset_on_close, unacknowledged_bytes},
     telemetry::CloseReason,
 };
 
@@ -246,10 +246,23 @@ pub async fn broken(socket: &TcpStream) {
     }
 }
 
-/// Closes a socket with RST, so that its peer does not take the end for a clean one.
-pub fn reset(socket: TcpStream) {
+/// Makes every end but [`close`] an RST: also that of a process that is killed, which would else look complete.
+pub fn guard(socket: &TcpStream) {
     if let Err(error) = set_reset_on_close(socket.as_fd()) {
         tracing::debug!(%error, "cannot make the socket end with RST");
+    }
+}
+
+/// Closes a socket with RST, so that its peer does not take the end for a clean one.
+pub fn reset(socket: TcpStream) {
+    guard(&socket);
+    drop(socket);
+}
+
+/// Closes a guarded socket so that everything written before arrives.
+fn close(socket: TcpStream) {
+    if let Err(error) = set_finish_on_close(socket.as_fd()) {
+        tracing::debug!(%error, "cannot make the socket end with FIN");
     }
     drop(socket);
 }
@@ -264,8 +277,9 @@ async fn reset_after_fin(socket: TcpStream) {
             sleep(DELIVERY_POLL).await;
         }
     };
-    if timeout(DELIVERY_WAIT, delivered).await.is_ok() {
-        reset(socket);
+    match timeout(DELIVERY_WAIT, delivered).await {
+        Ok(()) => reset(socket),
+        Err(_) => close(socket),
     }
 }
 

@@ -9,8 +9,8 @@ use std::{
 use tokio::net::TcpStream;
 
 use super::{
-    Directions, Drive, End, Fault, Flow, Meter, TURN, drive, finish, read, reset, reset_after_fin,
-    turn_over, would_block,
+    Directions, Drive, End, Fault, Flow, Meter, TURN, close as close_socket, drive, finish, guard,
+    read, reset, reset_after_fin, turn_over, would_block,
 };
 use crate::proxy::{
     buffers::{Buffer, Size},
@@ -114,6 +114,8 @@ pub async fn relay_tcp<M: Meter>(
     close: &CloseSignal,
     half_close_idle: Duration,
 ) -> End {
+    guard(&near);
+    guard(&far);
     let directions = TcpDirections {
         near: &near,
         far: &far,
@@ -128,7 +130,10 @@ pub async fn relay_tcp<M: Meter>(
     let (up, down) = (state.up, state.down);
     drop(state);
     match end {
-        End::Finished => {}
+        End::Finished => {
+            close_socket(near);
+            close_socket(far);
+        }
         End::NearReset if up == Flow::Finished => reset_after_fin(far).await,
         End::FarReset if down == Flow::Finished => reset_after_fin(near).await,
         End::NearReset => reset(far),

@@ -387,6 +387,23 @@ async fn a_lost_tunnel_is_a_reset_on_both_sides() {
         .await;
 }
 
+/// As when the process is killed: the sockets are closed by whoever cleans up, not by the relay.
+#[tokio::test]
+async fn a_relay_that_is_torn_down_is_a_reset_on_both_sides() {
+    LocalSet::new()
+        .run_until(async {
+            for via in [Via::Plain, Via::Tunnel] {
+                let mut chain = chain(via).await;
+                chain.client.write_all(b"x").await.expect("open");
+                chain.server.read_exact(&mut [0]).await.expect("passed on");
+                chain.relays.remove(0).abort();
+                assert_eq!(read_to_end(&mut chain.client).await, Saw::Rst, "{via:?}");
+                assert_eq!(read_to_end(&mut chain.server).await, Saw::Rst, "{via:?}");
+            }
+        })
+        .await;
+}
+
 #[tokio::test]
 async fn a_connection_told_to_close_is_reset_on_both_sides() {
     LocalSet::new()

@@ -11,8 +11,8 @@ use bytes::{Buf, Bytes};
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
-    Directions, Drive, End, Fault, Flow, Meter, TURN, drive, finish, read, reset, reset_after_fin,
-    turn_over, would_block,
+    Directions, Drive, End, Fault, Flow, Meter, TURN, close as close_socket, drive, finish, guard,
+    read, reset, reset_after_fin, turn_over, would_block,
 };
 use crate::proxy::{
     buffers::{Buffer, Size},
@@ -48,6 +48,7 @@ pub async fn relay_tunnel<M: Meter>(
     close: &CloseSignal,
     half_close_idle: Duration,
 ) -> End {
+    guard(&near);
     let directions = TunnelDirections {
         near: &near,
         send: stream.send,
@@ -79,7 +80,8 @@ pub async fn relay_tunnel<M: Meter>(
     }
     drop(directions);
     match end {
-        End::Finished | End::NearReset => drop(near),
+        End::Finished => close_socket(near),
+        End::NearReset => drop(near),
         End::FarReset if down == Flow::Finished => reset_after_fin(near).await,
         End::FarReset | End::TimedOut | End::Closed(_) => reset(near),
     }

@@ -12,7 +12,10 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
 
 use super::limits::Limits;
 
@@ -167,20 +170,28 @@ pub enum TunnelServer<T> {
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> TunnelServer<T> {
-    /// Reads the client's preface and sends our settings.
+    /// Sends our settings and reads the client's preface, within [`TimeLimits::first_frame`].
+    ///
+    /// [`TimeLimits::first_frame`]: super::limits::TimeLimits::first_frame
     ///
     /// # Errors
-    /// When the client does not speak HTTP/2.
+    /// When the client does not speak HTTP/2, or says nothing.
     pub async fn handshake(
         codec: TunnelCodec,
         io: T,
         limits: &Limits,
     ) -> Result<Self, TunnelError> {
-        match codec {
-            TunnelCodec::H2 => h2::Server::handshake(io, limits)
-                .await
-                .map(|server| Self::H2(Box::new(server))),
-        }
+        let handshake = async {
+            match codec {
+                TunnelCodec::H2 => h2::Server::handshake(io, limits)
+                    .await
+                    .map(|server| Self::H2(Box::new(server))),
+            }
+        };
+        let deadline = limits.time.first_frame;
+        timeout(deadline, handshake)
+            .await
+            .unwrap_or(Err(TunnelError::TimedOut("send its preface")))
     }
 
     /// The next request; `None` when the tunnel is closed. Cancel safe.
@@ -355,3 +366,6 @@ impl TunnelReceive {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

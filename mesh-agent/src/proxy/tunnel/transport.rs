@@ -3,12 +3,39 @@
 use std::{
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
-use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
+use rustls::ServerConfig;
+use tokio::{
+    io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, timeout_at},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
+use super::TunnelError;
 use crate::proxy::buffers::{Buffer, Size};
+
+/// The server's side of a TLS handshake, over when `deadline` is: a silent or dribbling client must not stay.
+///
+/// # Errors
+/// When the client does not finish it in time, or has no certificate that `config` accepts.
+pub async fn accept_tls<S>(
+    config: Arc<ServerConfig>,
+    socket: S,
+    deadline: Instant,
+) -> Result<TlsStream<ReadAhead<S>>, TunnelError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let accept = TlsAcceptor::from(config).accept(ReadAhead::new(socket));
+    match timeout_at(deadline, accept).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => Err(TunnelError::Tls(Arc::new(error))),
+        Err(_) => Err(TunnelError::TimedOut("finish the TLS handshake")),
+    }
+}
 
 /// Reads ahead of TLS, which asks for 4 KiB at a time (rustls's deframer): fewer system calls for bulk traffic.
 /// The buffer is a pooled one, held only while there are bytes in it.
@@ -120,9 +147,73 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for ReadAhead<S> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use std::time::Duration;
+
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, duplex},
+        time::sleep,
+    };
 
     use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    fn config() -> Arc<ServerConfig> {
+        let made = rcgen::generate_simple_self_signed(["cart".to_owned()]).expect("makes a key");
+        let certificate = CertificateDer::from(made.cert);
+        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).expect("PKCS #8");
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let builder = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("TLS 1.3 is there")
+            .with_no_client_auth();
+        Arc::new(
+            builder
+                .with_single_cert(vec![certificate], key)
+                .expect("they belong together"),
+        )
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_client_is_gone_at_the_deadline() {
+        let (_silent, near) = duplex(64 << 10);
+        let began = Instant::now();
+        let result = accept_tls(config(), near, began + DEADLINE).await;
+        assert!(matches!(result, Err(TunnelError::TimedOut(_))));
+        assert_eq!(began.elapsed(), DEADLINE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_dribbles_is_gone_at_the_same_deadline() {
+        let (mut far, near) = duplex(64 << 10);
+        let began = Instant::now();
+        let dribble = async {
+            // A record header that promises 512 bytes, then one byte each second (RFC 8446 section 5.1).
+            far.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252])
+                .await
+                .expect("open");
+            while far.write_all(&[3]).await.is_ok() {
+                sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let accept = accept_tls(config(), near, began + DEADLINE);
+        let (result, ()) = futures::future::join(accept, dribble).await;
+        assert!(matches!(result, Err(TunnelError::TimedOut(_))));
+        assert!(began.elapsed() <= DEADLINE + Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_speaks_no_tls_is_refused_at_once() {
+        let (mut far, near) = duplex(64 << 10);
+        far.write_all(b"GET / HTTP/1.1\r\n\r\n")
+            .await
+            .expect("open");
+        let began = Instant::now();
+        let result = accept_tls(config(), near, began + DEADLINE).await;
+        assert!(matches!(result, Err(TunnelError::Tls(_))));
+        assert_eq!(began.elapsed(), Duration::ZERO);
+    }
 
     #[tokio::test]
     async fn bytes_come_whole_and_the_buffer_is_given_back() {

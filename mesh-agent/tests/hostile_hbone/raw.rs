@@ -1,0 +1,120 @@
+//! HTTP/2 frames made by hand, because no library sends what an attacker would. RFC 9113 sections 3.4, 4.1, 6 and
+//! RFC 7541 section 6.
+
+use anyhow::{Context as _, Result, bail};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    time::timeout,
+};
+
+use crate::peer::LIMIT;
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
+const ACK: u8 = 1;
+const END_HEADERS: u8 = 4;
+/// RFC 7541 appendix A: `:status 200` is entry 8 of the static table.
+const STATUS_200: u8 = 0x88;
+
+/// What became of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// `:status 200`.
+    Accepted,
+    /// Another status.
+    Refused,
+    /// RST_STREAM.
+    Reset,
+    /// GOAWAY, or the connection ended.
+    Closed,
+}
+
+/// Sends the preface and one request with these fields, and waits for what becomes of it.
+pub async fn request<S>(stream: &mut S, fields: &[(&[u8], &[u8])]) -> Result<Answer>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut bytes = PREFACE.to_vec();
+    frame(&mut bytes, SETTINGS, 0, 0, &[]);
+    frame(&mut bytes, HEADERS, END_HEADERS, 1, &header_block(fields)?);
+    // A server that has closed already is one of the answers.
+    if stream.write_all(&bytes).await.is_err() || stream.flush().await.is_err() {
+        return Ok(Answer::Closed);
+    }
+    timeout(LIMIT, answer(stream))
+        .await
+        .context("no answer at all")?
+}
+
+async fn answer<S>(stream: &mut S) -> Result<Answer>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    loop {
+        let mut head = [0; 9];
+        if stream.read_exact(&mut head).await.is_err() {
+            return Ok(Answer::Closed);
+        }
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        let mut payload = vec![0; length];
+        if stream.read_exact(&mut payload).await.is_err() {
+            return Ok(Answer::Closed);
+        }
+        match (head[3], head[4]) {
+            (SETTINGS, 0) => {
+                let mut bytes = Vec::new();
+                frame(&mut bytes, SETTINGS, ACK, 0, &[]);
+                if stream.write_all(&bytes).await.is_err() {
+                    return Ok(Answer::Closed);
+                }
+            }
+            (HEADERS, _) if is_200(&payload) => return Ok(Answer::Accepted),
+            (HEADERS, _) => return Ok(Answer::Refused),
+            (RST_STREAM, _) => return Ok(Answer::Reset),
+            (GOAWAY, _) => return Ok(Answer::Closed),
+            _ => {}
+        }
+    }
+}
+
+/// The status is the first field; updates of the dynamic table's size (`001xxxxx`) may precede it.
+fn is_200(block: &[u8]) -> bool {
+    let first = block.iter().find(|byte| **byte >> 5 != 1);
+    first == Some(&STATUS_200)
+}
+
+fn frame(bytes: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+    let length = u32::try_from(payload.len())
+        .unwrap_or(u32::MAX)
+        .to_be_bytes();
+    bytes.extend(&length[1..]);
+    bytes.extend([kind, flags]);
+    bytes.extend(stream.to_be_bytes());
+    bytes.extend(payload);
+}
+
+/// Literal fields without indexing, names and values as they are (RFC 7541 section 6.2.2).
+fn header_block(fields: &[(&[u8], &[u8])]) -> Result<Vec<u8>> {
+    let mut block = Vec::new();
+    for (name, value) in fields {
+        block.push(0);
+        for text in [name, value] {
+            length(&mut block, text.len())?;
+            block.extend(*text);
+        }
+    }
+    Ok(block)
+}
+
+/// An integer with a prefix of seven bits (RFC 7541 section 5.1), up to 254.
+fn length(block: &mut Vec<u8>, value: usize) -> Result<()> {
+    match u8::try_from(value) {
+        Ok(small @ 0..=126) => block.push(small),
+        Ok(rest @ 127..=254) => block.extend([127, rest - 127]),
+        _ => bail!("{value} bytes are too long for this encoder"),
+    }
+    Ok(())
+}

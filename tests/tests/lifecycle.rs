@@ -507,5 +507,5 @@ fn damaged_records(lab: &Lab, mesh: &mut Mesh) -> Result<()> {
     fs::remove_file(damaged)?;
     mesh.wait_ready(lab, node)?;
     mesh.wait_enrolled(lab, node, web)?;
-    require_service(&lab, web, cart.at(PORT))
+    require_service(lab, web, cart.at(PORT))
 }

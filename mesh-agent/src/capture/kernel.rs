@@ -5,11 +5,10 @@
 //! there is never a moment without a program or with two.
 
 use std::{
-    collections::HashSet,
     fs,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
@@ -18,7 +17,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, SockHash},
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuHashMap, SockHash},
     programs::{CgroupSockAddr, SkLookup, SockOps},
 };
 use mesh_ebpf::{
@@ -27,11 +26,13 @@ use mesh_ebpf::{
 };
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsType, statfs};
 
-use super::{Listeners, error::CaptureError};
+use super::error::CaptureError;
 use crate::sys::{
     bpf::{self, AttachType},
     netns::{Netns, NetnsCookie},
 };
+
+mod maps;
 
 /// The programs, as the build script made them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weft-ebpf.o"));
@@ -348,223 +349,6 @@ impl Kernel {
         self.detach(&flow_pin(cookie));
     }
 
-    /// Puts the listeners where the programs find them.
-    pub(super) fn set_listeners(
-        &self,
-        cookie: NetnsCookie,
-        listeners: &Listeners,
-    ) -> Result<(), CaptureError> {
-        let mut maps = self.lock();
-        let classes = [
-            (mesh_ebpf::CLASS_OUTBOUND, &listeners.outbound),
-            (mesh_ebpf::CLASS_PLAINTEXT, &listeners.plaintext),
-            (mesh_ebpf::CLASS_TUNNEL, &listeners.tunnel),
-        ];
-        for (class, listener) in classes {
-            let key = ListenerKey {
-                cookie: cookie.0,
-                class,
-                padding: 0,
-            };
-            maps.listeners
-                .insert(key, listener.as_raw_fd(), 0)
-                .map_err(|error| CaptureError::map("LISTENERS", error))?;
-        }
-        Ok(())
-    }
-
-    /// Makes the programs know the workload's addresses (inbound).
-    ///
-    /// # Errors
-    /// When the map is full.
-    pub fn set_addresses(
-        &self,
-        workload: Workload,
-        addresses: &[IpAddr],
-    ) -> Result<(), CaptureError> {
-        let mut maps = self.lock();
-        for ip in addresses {
-            let key = address(*ip);
-            maps.addresses
-                .insert(key, workload, 0)
-                .map_err(|error| CaptureError::map("ADDRESSES", error))?;
-        }
-        Ok(())
-    }
-
-    /// Makes the connect hooks capture the workload (outbound).
-    pub(super) fn set_workload(&self, workload: Workload) -> Result<(), CaptureError> {
-        self.lock()
-            .workloads
-            .insert(workload.cookie, workload, 0)
-            .map_err(|error| CaptureError::map("WORKLOADS", error))
-    }
-
-    /// Forgets everything of a namespace but its links.
-    pub(super) fn forget(&self, cookie: NetnsCookie) {
-        let mut maps = self.lock();
-        report("WORKLOADS", maps.workloads.remove(&cookie.0));
-        let addresses: Vec<Address> = maps
-            .addresses
-            .iter()
-            .flatten()
-            .filter(|(_, w)| w.cookie == cookie.0)
-            .map(|(a, _)| a)
-            .collect();
-        for key in addresses {
-            report("ADDRESSES", maps.addresses.remove(&key));
-        }
-        for class in [
-            mesh_ebpf::CLASS_OUTBOUND,
-            mesh_ebpf::CLASS_PLAINTEXT,
-            mesh_ebpf::CLASS_TUNNEL,
-        ] {
-            report(
-                "LISTENERS",
-                maps.listeners.remove(&ListenerKey {
-                    cookie: cookie.0,
-                    class,
-                    padding: 0,
-                }),
-            );
-        }
-        let flows: Vec<FlowKey> = maps
-            .flows
-            .iter()
-            .flatten()
-            .filter(|(_, flow)| {
-                flow.source_cookie == cookie.0 || flow.destination_cookie == cookie.0
-            })
-            .map(|(key, _)| key)
-            .collect();
-        for key in flows {
-            report("FLOWS", maps.flows.remove(&key));
-        }
-        let edges: Vec<EdgeKey> = maps
-            .edges
-            .keys()
-            .flatten()
-            .filter(|key| key.cookie == cookie.0)
-            .collect();
-        for key in edges {
-            report("EDGES", maps.edges.remove(&key));
-        }
-    }
-
-    /// Namespace that an address belongs to.
-    pub(super) fn owner(&self, ip: IpAddr) -> Option<u64> {
-        self.lock()
-            .addresses
-            .get(&address(ip), 0)
-            .ok()
-            .map(|workload| workload.cookie)
-    }
-
-    /// Namespaces that the programs know, whoever enrolled them.
-    pub(super) fn known_workloads(&self) -> Vec<NetnsCookie> {
-        self.lock()
-            .workloads
-            .keys()
-            .flatten()
-            .map(NetnsCookie)
-            .collect()
-    }
-
-    /// Whether the programs know the workload as it should be, for the status.
-    pub(super) fn workload(&self, cookie: NetnsCookie) -> Option<Workload> {
-        self.lock().workloads.get(&cookie.0, 0).ok()
-    }
-
-    /// Voids all verdicts of other generations.
-    pub(super) fn set_generation(&self, generation: u64) -> Result<(), CaptureError> {
-        self.lock()
-            .globals
-            .set(0, Globals { generation }, 0)
-            .map_err(|error| CaptureError::map("GLOBALS", error))
-    }
-
-    /// Replaces the set of service addresses that `connect(2)` refuses. More than the map holds are left to the proxy.
-    pub(super) fn set_dead(&self, destinations: &[SocketAddr]) {
-        let wanted: HashSet<Destination> = destinations
-            .iter()
-            .map(|d| Destination {
-                address: address(d.ip()),
-                port: u32::from(d.port()),
-            })
-            .collect();
-        let mut maps = self.lock();
-        let present: Vec<Destination> = maps.dead.keys().flatten().collect();
-        for key in &present {
-            if !wanted.contains(key) {
-                report("DEAD", maps.dead.remove(key));
-            }
-        }
-        for key in wanted.into_iter().take(mesh_ebpf::DEAD_MAX as usize) {
-            if let Err(error) = maps.dead.insert(key, 1, 0) {
-                tracing::warn!(%error, "cannot mark a service without endpoints; the proxy refuses its connections instead");
-                return;
-            }
-        }
-    }
-
-    /// Same-node flows that live now.
-    pub(super) fn same_node_flows(&self) -> Vec<(FlowKey, Flow)> {
-        self.lock()
-            .flows
-            .iter()
-            .flatten()
-            .filter(|(_, flow)| flow.source_cookie != 0)
-            .collect()
-    }
-
-    /// Forgets a flow that was destroyed.
-    pub(super) fn forget_flow(&self, key: &FlowKey) {
-        report("FLOWS", self.lock().flows.remove(key));
-    }
-
-    /// What same-node edges did since they were first seen.
-    pub(super) fn edges(&self) -> Vec<(EdgeKey, EdgeCounters)> {
-        let maps = self.lock();
-        let sum = |values: &aya::maps::PerCpuValues<EdgeCounters>| {
-            values
-                .iter()
-                .fold(EdgeCounters::default(), |mut total, one| {
-                    total.opened += one.opened;
-                    total.closed += one.closed;
-                    total.failed += one.failed;
-                    total.sent_bytes += one.sent_bytes;
-                    total.received_bytes += one.received_bytes;
-                    total.retransmits += one.retransmits;
-                    total.rtt_us = total.rtt_us.max(one.rtt_us);
-                    total
-                })
-        };
-        maps.edges
-            .iter()
-            .flatten()
-            .map(|(key, values)| (key, sum(&values)))
-            .collect()
-    }
-
-    /// Sums of the event counters (`mesh_ebpf::counter`).
-    #[must_use]
-    pub fn counters(&self) -> [u64; mesh_ebpf::counter::COUNT as usize] {
-        let maps = self.lock();
-        std::array::from_fn(|index| {
-            let values = maps
-                .counters
-                .get(&u32::try_from(index).unwrap_or(u32::MAX), 0);
-            values.map_or(0, |values| values.iter().sum())
-        })
-    }
-
-    pub(super) fn set_verdict(&self, key: EdgeKey, verdict: Verdict) -> Result<(), MapError> {
-        self.verdicts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(key, verdict, 0)
-    }
-
     fn lock(&self) -> MutexGuard<'_, Maps> {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -693,16 +477,6 @@ where
         .take_map(name)
         .ok_or_else(|| CaptureError::map(name, "not in the object"))?;
     M::try_from(map).map_err(|error| CaptureError::map(name, error))
-}
-
-/// An entry that is not there is as good as removed.
-fn report(map: &'static str, result: Result<(), MapError>) {
-    match result {
-        Ok(()) | Err(MapError::KeyNotFound | MapError::ElementNotFound) => {}
-        Err(MapError::SyscallError(error))
-            if error.io_error.raw_os_error() == Some(libc::ENOENT) => {}
-        Err(error) => tracing::warn!(map, %error, "cannot remove an entry"),
-    }
 }
 
 /// An error with all its causes: the verifier's output is in the last one.

@@ -15,6 +15,7 @@ use crate::{
     process::{Program, Running},
     programs,
     seqecho::{report::Report, server::ServedConnection},
+    wait,
 };
 
 /// Longest life of a conversation, and longest wait for what it causes.
@@ -81,6 +82,42 @@ impl Server {
 /// seqecho is not built.
 pub fn client(to: SocketAddr) -> Result<Program> {
     Ok(Program::new(programs::own("seqecho")?).args(["client", "--to", &to.to_string()]))
+}
+
+/// A seqecho client to this address with arguments that are separated by spaces.
+///
+/// # Errors
+/// seqecho is not built.
+pub fn client_with(to: SocketAddr, arguments: &str) -> Result<Program> {
+    Ok(client(to)?.args(arguments.split_whitespace()))
+}
+
+/// Makes sure that several connections with several records each lose nothing.
+///
+/// # Errors
+/// The report, if anything was lost.
+pub fn require_service(lab: &Lab, place: &impl Place, to: SocketAddr) -> Result<()> {
+    let report = talk(lab, place, &client_with(to, "--connections 5 --records 5")?)?;
+    if report.lost() > 0 || report.records != 25 {
+        bail!("{to}: something was lost: {report:?}");
+    }
+    Ok(())
+}
+
+/// Tries until a connection is served, for at most `limit`.
+///
+/// # Errors
+/// None is.
+pub fn wait_for_service(
+    lab: &Lab,
+    place: &impl Place,
+    to: SocketAddr,
+    limit: Duration,
+) -> Result<()> {
+    wait::until(&format!("service at {to}"), limit, || {
+        let report = talk(lab, place, &client(to)?)?;
+        Ok((report.lost() == 0).then_some(()))
+    })
 }
 
 /// Runs a client to its end and reads its report, whatever it says.

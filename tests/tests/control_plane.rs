@@ -10,14 +10,13 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
     capture::LinkCapture,
+    conversation::{LIMIT, Server, client_with, report, require_service, talk, wait_for_service},
     inventory,
     lab::{Families, Lab, LabSpec, Node, Pod, PodSpec},
     manifests::{self, ServicePort},
     mesh::{CONTROL_PORT, Mesh, MeshSpec},
     process::{Program, Running},
-    programs,
-    seqecho::report::Report,
-    wait,
+    programs, wait,
 };
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -25,7 +24,6 @@ use nix::{
 };
 use serde_json::Value;
 
-const LIMIT: Duration = Duration::from_secs(30);
 /// After the control plane is back: one certificate request per node every 25 s is promised while it is away.
 const RESUMES_WITHIN: Duration = Duration::from_secs(60);
 const PORT: u16 = 7000;
@@ -34,46 +32,12 @@ const MARKER: &str = "WEFTSEQ";
 /// The shortest lifetime that the control plane signs, in seconds.
 const SHORT_LIFE: u64 = 10;
 
-fn seqecho(arguments: &str) -> Result<Program> {
-    Ok(Program::new(programs::own("seqecho")?).args(arguments.split_whitespace()))
-}
-
-fn serve(lab: &Lab, pod: &Pod) -> Result<Running> {
-    let address = pod.at(PORT);
-    lab.serve(
-        pod,
-        &seqecho(&format!("server --listen {address}"))?,
-        address,
-        LIMIT,
-    )
-}
-
-fn client(lab: &Lab, from: &Pod, to: SocketAddr, arguments: &str) -> Result<Report> {
-    let program = seqecho(&format!("client --to {to} {arguments}"))?;
-    let finished = lab.run(from, &program, LIMIT)?;
-    Report::parse(&finished.stdout)
-        .with_context(|| format!("no report: {}{}", finished.stdout, finished.stderr))
-}
-
-fn require_service(lab: &Lab, mesh: &Mesh, from: &Pod, to: SocketAddr) -> Result<()> {
-    let report = client(lab, from, to, "--connections 5 --records 5")?;
-    let logs: Vec<String> = lab.nodes().iter().map(|node| mesh.log_of(node)).collect();
-    ensure!(
-        report.lost() == 0 && report.records == 25,
-        "{} to {to} lost something: {report:?}\n{}",
-        from.spec.name,
-        logs.join("\n")
-    );
-    Ok(())
-}
-
 /// Every connection ends with an error, none hangs, no byte gets through.
 fn require_refusal(lab: &Lab, from: &Pod, to: SocketAddr) -> Result<()> {
-    let report = client(
+    let report = talk(
         lab,
         from,
-        to,
-        "--connections 3 --records 2 --limit-ms 25000",
+        &client_with(to, "--connections 3 --records 2 --limit-ms 25000")?,
     )?;
     ensure!(
         report.complete == 0 && report.records == 0 && report.timeouts == 0,
@@ -83,12 +47,11 @@ fn require_refusal(lab: &Lab, from: &Pod, to: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-fn wait_for_service(lab: &Lab, from: &Pod, to: SocketAddr) -> Result<Duration> {
+/// How long it takes until a connection is served.
+fn time_to_service(lab: &Lab, from: &Pod, to: SocketAddr) -> Result<Duration> {
     let started = Instant::now();
-    wait::until("service", RESUMES_WITHIN, || {
-        let report = client(lab, from, to, "--records 1")?;
-        Ok((report.lost() == 0).then(|| started.elapsed()))
-    })
+    wait_for_service(lab, from, to, RESUMES_WITHIN)?;
+    Ok(started.elapsed())
 }
 
 fn wait_for_status(
@@ -141,9 +104,13 @@ fn agents_go_on_without_the_control_plane_and_never_in_plaintext() -> Result<()>
     let lab = two_nodes()?;
     let mut mesh = Mesh::start(&lab, MeshSpec::default())?;
     let (web, plain, cart) = (lab.pod("web")?, lab.pod("plain")?, lab.pod("cart")?);
-    let _servers = (serve(&lab, cart)?, serve(&lab, plain)?);
+    let _servers = (
+        Server::start(&lab, cart, PORT)?,
+        Server::start(&lab, plain, PORT)?,
+        Server::start(&lab, web, PORT)?,
+    );
     let node = lab.node("n1")?;
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
     let capture = LinkCapture::start(&lab)?;
 
     // Away: what runs goes on, new connections included.
@@ -151,7 +118,7 @@ fn agents_go_on_without_the_control_plane_and_never_in_plaintext() -> Result<()>
     wait_for_status(&lab, &mesh, node, "the loss to be noticed", |status| {
         status["discovery"] == "snapshot"
     })?;
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
 
     // An agent that restarts now knows the mesh from its snapshot, but keys are never on disk.
     mesh.stop_agent(node, Signal::SIGKILL)?;
@@ -163,8 +130,9 @@ fn agents_go_on_without_the_control_plane_and_never_in_plaintext() -> Result<()>
         "{status}"
     );
     require_refusal(&lab, web, cart.at(PORT))?;
-    require_service(&lab, &mesh, web, plain.at(PORT))
-        .context("what needs no certificate goes on")?;
+    for (from, to) in [(web, plain), (plain, web)] {
+        require_service(&lab, from, to.at(PORT)).context("what needs no certificate goes on")?;
+    }
 
     // Without a snapshot nothing is known: refused.
     mesh.stop_agent(node, Signal::SIGKILL)?;
@@ -176,7 +144,7 @@ fn agents_go_on_without_the_control_plane_and_never_in_plaintext() -> Result<()>
     require_refusal(&lab, web, cart.at(PORT))?;
 
     mesh.start_control(&lab)?;
-    let took = wait_for_service(&lab, web, cart.at(PORT))?;
+    let took = time_to_service(&lab, web, cart.at(PORT))?;
     println!("served again {took:?} after the control plane was back");
     wait_for_status(&lab, &mesh, node, "the stream to be back", |status| {
         status["discovery"] == "connected" && is_ready(status)
@@ -195,7 +163,7 @@ fn certificates_are_renewed_under_traffic_and_their_end_closes() -> Result<()> {
     };
     let mut mesh = Mesh::start(&lab, spec)?;
     let (web, cart) = (lab.pod("web")?, lab.pod("cart")?);
-    let _server = serve(&lab, cart)?;
+    let _server = Server::start(&lab, cart, PORT)?;
     let node = lab.node("n1")?;
     let serials = |mesh: &Mesh| -> Result<String> {
         Ok(dump(&lab, mesh, node)?["certificates"][0]["serial"].to_string())
@@ -207,13 +175,9 @@ fn certificates_are_renewed_under_traffic_and_their_end_closes() -> Result<()> {
         format!("--connections 20 --seconds {seconds} --interval-ms 50"),
         format!("--rate 20 --seconds {seconds} --records 3"),
     ]
-    .map(|arguments| {
-        let program = seqecho(&format!("client --to {} {arguments}", cart.at(PORT)))?;
-        lab.spawn(web, &program)
-    });
-    for load in [long?, short?] {
-        let finished = load.wait(LIMIT)?;
-        let report = Report::parse(&finished.stdout)?;
+    .map(|arguments| lab.spawn(web, &client_with(cart.at(PORT), &arguments)?));
+    for load in [long, short] {
+        let report = report(load?)?;
         ensure!(
             report.lost() == 0 && report.complete >= 20,
             "renewals must not be noticed: {report:?}\n{}",
@@ -229,7 +193,7 @@ fn certificates_are_renewed_under_traffic_and_their_end_closes() -> Result<()> {
     })?;
     require_refusal(&lab, web, cart.at(PORT))?;
     mesh.start_control(&lab)?;
-    let took = wait_for_service(&lab, web, cart.at(PORT))?;
+    let took = time_to_service(&lab, web, cart.at(PORT))?;
     println!("served again {took:?} after the control plane was back");
     capture.finish(&[MARKER])?.require_tls_only()
 }
@@ -254,7 +218,7 @@ fn another_authority_is_not_believed() -> Result<()> {
     let lab = two_nodes()?;
     let mut mesh = Mesh::start(&lab, MeshSpec::default())?;
     let (web, cart) = (lab.pod("web")?, lab.pod("cart")?);
-    let _server = serve(&lab, cart)?;
+    let _server = Server::start(&lab, cart, PORT)?;
     let (n1, n2) = (lab.node("n1")?, lab.node("n2")?);
     let capture = LinkCapture::start(&lab)?;
 
@@ -269,7 +233,7 @@ fn another_authority_is_not_believed() -> Result<()> {
     })
     .with_context(|| format!("the last error is {told}"))?;
     println!("{told}");
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
     foreign.kill()?;
     mesh.start_control(&lab)?;
     wait_for_status(&lab, &mesh, n1, "the stream to be back", |status| {
@@ -306,7 +270,7 @@ fn another_authority_is_not_believed() -> Result<()> {
     );
     foreign_agent.stop(Signal::SIGTERM, LIMIT)?.ok()?;
     mesh.start_agent(&lab, n2)?;
-    wait_for_service(&lab, web, cart.at(PORT))?;
+    time_to_service(&lab, web, cart.at(PORT))?;
     capture.finish(&[MARKER])?.require_tls_only()
 }
 
@@ -368,13 +332,13 @@ fn mistakes_in_manifests_cost_only_what_they_concern() -> Result<()> {
     let lab = two_nodes()?;
     let mut mesh = Mesh::start(&lab, MeshSpec::default())?;
     let (web, cart) = (lab.pod("web")?, lab.pod("cart")?);
-    let _server = serve(&lab, cart)?;
+    let _server = Server::start(&lab, cart, PORT)?;
     let file = mesh.manifests.clone();
     let at = |address, port| SocketAddr::new(address, port);
     let good = |text: &str| text.to_owned();
     file.write_text("services", &services(80, 80, good))?;
     for address in [ONE, TWO] {
-        wait_for_service(&lab, web, at(address, 80))?;
+        time_to_service(&lab, web, at(address, 80))?;
     }
     type Spoil = fn(&str) -> String;
     // (what, how the second service is spoilt, what the log must name)
@@ -415,17 +379,21 @@ fn mistakes_in_manifests_cost_only_what_they_concern() -> Result<()> {
                 .then_some(()))
         })
         .with_context(|| format!("{what}: {expected:?} in\n{log}"))?;
-        wait_for_service(&lab, web, at(ONE, number))
+        time_to_service(&lab, web, at(ONE, number))
             .with_context(|| format!("{what}: the good object must be applied"))?;
-        require_service(&lab, &mesh, web, at(TWO, number - 1))
+        require_service(&lab, web, at(TWO, number - 1))
             .with_context(|| format!("{what}: the last good version must stay"))?;
         file.write_text("services", &services(number, number, good))?;
-        wait_for_service(&lab, web, at(TWO, number))
+        time_to_service(&lab, web, at(TWO, number))
             .with_context(|| format!("{what}: mended, it must be applied"))?;
     }
     mesh.check_running()?;
     // The control: what is no longer there is refused.
-    let old = client(&lab, web, at(TWO, 80), "--records 1 --limit-ms 5000")?;
+    let old = talk(
+        &lab,
+        web,
+        &client_with(at(TWO, 80), "--records 1 --limit-ms 5000")?,
+    )?;
     ensure!(old.complete == 0, "port 80 has gone: {old:?}");
     let service = manifests::service(
         "default",
@@ -439,7 +407,7 @@ fn mistakes_in_manifests_cost_only_what_they_concern() -> Result<()> {
         }],
     );
     file.write("third", &[service])?;
-    wait_for_service(&lab, web, at("10.96.0.3".parse()?, 80)).map(drop)
+    time_to_service(&lab, web, at("10.96.0.3".parse()?, 80)).map(drop)
 }
 
 /// A file system of a few pages; unmounted when dropped.
@@ -495,9 +463,9 @@ fn a_full_disk_is_told_and_service_goes_on() -> Result<()> {
     let (web, late, cart) = (lab.pod("web")?, lab.pod("late")?, lab.pod("cart")?);
     let disk = TinyDisk::mount(&node.run_dir)?;
     let mut mesh = Mesh::start(&lab, MeshSpec::default())?;
-    let _server = serve(&lab, cart)?;
+    let _server = Server::start(&lab, cart, PORT)?;
     mesh.unenroll(&lab, node, late)?;
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
     let before = inventory::links(&lab, node)?;
 
     disk.fill()?;
@@ -513,7 +481,7 @@ fn a_full_disk_is_told_and_service_goes_on() -> Result<()> {
         inventory::links(&lab, node)? == before,
         "the refused enrolment left links"
     );
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
     // A change of the mesh that cannot be saved is applied all the same.
     mesh.delete_pod(late)?;
     wait::until("the snapshot to fail", LIMIT, || {
@@ -524,12 +492,12 @@ fn a_full_disk_is_told_and_service_goes_on() -> Result<()> {
     mesh.start_agent(&lab, node)?;
     mesh.wait_ready(&lab, node)?;
     mesh.wait_enrolled(&lab, node, web)?;
-    require_service(&lab, &mesh, web, cart.at(PORT))
+    require_service(&lab, web, cart.at(PORT))
         .context("an agent that starts on a full disk serves what is recorded")?;
 
     disk.empty()?;
     mesh.write_pod(node, late, true)?;
     mesh.enroll(&lab, node, late)?;
     mesh.wait_enrolled(&lab, node, late)?;
-    require_service(&lab, &mesh, late, cart.at(PORT))
+    require_service(&lab, late, cart.at(PORT))
 }

@@ -4,26 +4,22 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
-    path::Path,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use mesh_tests::{
     capture::LinkCapture,
+    conversation::{LIMIT, Server, client_with, report, require_service, talk, wait_for_service},
     inventory::{self, Inventory},
     lab::{Families, Lab, LabSpec, Node, Pod, PodSpec},
     manifests,
-    mesh::{ADMIN_PORT, METRICS_PORT, Mesh, MeshSpec, READINESS_PORT},
-    process::{Finished, Program, Running},
-    programs,
-    seqecho::report::Report,
+    mesh::{Mesh, MeshSpec},
     wait,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-const LIMIT: Duration = Duration::from_secs(30);
 const PORT: u16 = 7000;
 /// Text in every record of seqecho, which must not be seen between nodes.
 const MARKER: &str = "WEFTSEQ";
@@ -37,54 +33,10 @@ const HELD: usize = 20;
 /// The promise is 2 s on an idle machine; tests run on a loaded one, with unoptimised programs.
 const SERVES_AGAIN_WITHIN: Duration = Duration::from_secs(20);
 
-fn seqecho(arguments: &str) -> Result<Program> {
-    Ok(Program::new(programs::own("seqecho")?).args(arguments.split_whitespace()))
-}
-
-fn serve(lab: &Lab, pod: &Pod) -> Result<Running> {
-    let address = pod.at(PORT);
-    lab.serve(
-        pod,
-        &seqecho(&format!("server --listen {address}"))?,
-        address,
-        LIMIT,
-    )
-}
-
-/// Runs the client to its end; what it lost is in the report.
-fn client(lab: &Lab, from: &Pod, to: SocketAddr, arguments: &str) -> Result<Report> {
-    let program = seqecho(&format!("client --to {to} {arguments}"))?;
-    report(lab.run(from, &program, LIMIT)?)
-}
-
-fn report(finished: Finished) -> Result<Report> {
-    Report::parse(&finished.stdout)
-        .with_context(|| format!("no report: {}{}", finished.stdout, finished.stderr))
-}
-
-/// The client must lose nothing.
-fn require_service(lab: &Lab, mesh: &Mesh, from: &Pod, to: SocketAddr) -> Result<()> {
-    let report = client(lab, from, to, "--connections 5 --records 5")?;
-    ensure!(
-        report.lost() == 0 && report.records == 25,
-        "{} to {to} lost something: {report:?}\n{}",
-        from.spec.name,
-        logs(lab, mesh)
-    );
-    Ok(())
-}
-
-fn logs(lab: &Lab, mesh: &Mesh) -> String {
-    let logs = lab.nodes().iter().map(|node| mesh.log_of(node));
-    logs.collect::<Vec<_>>().join("\n")
-}
-
 /// Tries until a connection works; the time since `since`.
 fn time_to_service(lab: &Lab, from: &Pod, to: SocketAddr, since: Instant) -> Result<Duration> {
-    wait::until("service after a restart", SERVES_AGAIN_WITHIN, || {
-        let report = client(lab, from, to, "--records 1")?;
-        Ok((report.lost() == 0).then(|| since.elapsed()))
-    })
+    wait_for_service(lab, from, to, SERVES_AGAIN_WITHIN)?;
+    Ok(since.elapsed())
 }
 
 fn workload_status(lab: &Lab, mesh: &Mesh, node: &Node, name: &str) -> Result<Value> {
@@ -118,7 +70,10 @@ fn a_killed_agent_means_refused_connections_no_plaintext_and_quick_recovery() ->
     let mut mesh = Mesh::start(&lab, MeshSpec::default())?;
     let (web, plain) = (lab.pod("web")?, lab.pod("plain")?);
     let (cart, bystander) = (lab.pod("cart")?, lab.pod("bystander")?);
-    let _servers = (serve(&lab, cart)?, serve(&lab, bystander)?);
+    let _servers = (
+        Server::start(&lab, cart, PORT)?,
+        Server::start(&lab, bystander, PORT)?,
+    );
     let node = lab.node("n1")?;
     let before = inventory::links(&lab, node)?;
     let records = fs::read_to_string(node.run_dir.join("workloads.json"))?;
@@ -126,24 +81,24 @@ fn a_killed_agent_means_refused_connections_no_plaintext_and_quick_recovery() ->
     let capture = LinkCapture::start(&lab)?;
     let load = lab.spawn(
         web,
-        &seqecho(&format!(
-            "client --to {} --rate 50 --seconds 8 --records 20 --interval-ms 20",
-            cart.at(PORT)
-        ))?,
+        &client_with(
+            cart.at(PORT),
+            "--rate 50 --seconds 8 --records 20 --interval-ms 20",
+        )?,
     )?;
     let unmeshed = lab.spawn(
         plain,
-        &seqecho(&format!(
-            "client --to {} --rate 50 --seconds 8 --records 20 --interval-ms 20",
-            bystander.at(PORT)
-        ))?,
+        &client_with(
+            bystander.at(PORT),
+            "--rate 50 --seconds 8 --records 20 --interval-ms 20",
+        )?,
     )?;
     for kill in 1..=KILLS {
         wait::until("connections under way", LIMIT, || {
             Ok((inventory::established(&cart.netns, PORT)? > 2).then_some(()))
         })?;
         mesh.stop_agent(node, Signal::SIGKILL)?;
-        let dead = client(&lab, web, cart.at(PORT), "--connections 20")?;
+        let dead = talk(&lab, web, &client_with(cart.at(PORT), "--connections 20")?)?;
         ensure!(
             dead.connect_errors == BTreeMap::from([("ECONNREFUSED".to_owned(), 20)]),
             "kill {kill}: connections without an agent must be refused inside connect(2): {dead:?}"
@@ -154,7 +109,7 @@ fn a_killed_agent_means_refused_connections_no_plaintext_and_quick_recovery() ->
         println!("kill {kill}: served again {took:?} after the start of the agent");
         mesh.wait_ready(&lab, node)?;
     }
-    let seen = report(load.wait(LIMIT)?)?;
+    let seen = report(load)?;
     println!("captured load over {KILLS} deaths: {seen:?}");
     ensure!(
         seen.connect_errors
@@ -167,7 +122,7 @@ fn a_killed_agent_means_refused_connections_no_plaintext_and_quick_recovery() ->
         seen.connect_errors.len() + usize::try_from(seen.resets + seen.early_eofs)? > 0,
         "the deaths of the agent were not felt, so this test proves nothing: {seen:?}"
     );
-    let unmeshed = report(unmeshed.wait(LIMIT)?)?;
+    let unmeshed = report(unmeshed)?;
     ensure!(unmeshed.lost() == 0, "un-enrolled pods lost: {unmeshed:?}");
     let verdict = capture.finish(&[MARKER])?;
     println!("{verdict}");
@@ -195,12 +150,16 @@ fn the_destination_dies_too(lab: &Lab, mesh: &mut Mesh) -> Result<()> {
     let (web, plain, cart) = (lab.pod("web")?, lab.pod("plain")?, lab.pod("cart")?);
     let node = lab.node("n2")?;
     ensure!(
-        client(lab, plain, cart.at(PORT), "--records 3")?.lost() == 0,
+        talk(lab, plain, &client_with(cart.at(PORT), "--records 3")?)?.lost() == 0,
         "plaintext is accepted while policy permits it"
     );
     mesh.stop_agent(node, Signal::SIGKILL)?;
     for from in [web, plain] {
-        let report = client(lab, from, cart.at(PORT), "--connections 5 --limit-ms 5000")?;
+        let report = talk(
+            lab,
+            from,
+            &client_with(cart.at(PORT), "--connections 5 --limit-ms 5000")?,
+        )?;
         ensure!(
             report.complete == 0 && report.records == 0 && report.timeouts == 0,
             "{}: a server without its agent must be out of reach at once: {report:?}",
@@ -225,7 +184,7 @@ fn a_fail_open_workload_goes_on_directly_while_no_agent_runs() -> Result<()> {
     );
     let mut mesh = Mesh::start(&lab, MeshSpec::default().manifest("open", [open]))?;
     let (web, cart) = (lab.pod("web")?, lab.pod("cart")?);
-    let _server = serve(&lab, cart)?;
+    let _server = Server::start(&lab, cart, PORT)?;
     for (node, name) in [("n1", "web"), ("n2", "cart")] {
         wait::until("the policy to arrive", LIMIT, || {
             let status = workload_status(&lab, &mesh, lab.node(node)?, name)?;
@@ -233,14 +192,14 @@ fn a_fail_open_workload_goes_on_directly_while_no_agent_runs() -> Result<()> {
         })?;
     }
     let capture = LinkCapture::start(&lab)?;
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
     capture.finish(&[MARKER])?.require_tls_only()?;
 
     for node in lab.nodes() {
         mesh.stop_agent(node, Signal::SIGKILL)?;
     }
     let capture = LinkCapture::start(&lab)?;
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
     let verdict = capture.finish(&[])?;
     // Also the control that the oracle of the fail-closed test would see a leak.
     ensure!(
@@ -257,7 +216,7 @@ fn a_fail_open_workload_goes_on_directly_while_no_agent_runs() -> Result<()> {
         mesh.wait_enrolled(&lab, lab.node(node)?, lab.pod(name)?)?;
     }
     let capture = LinkCapture::start(&lab)?;
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
     capture.finish(&[MARKER])?.require_tls_only()
 }
 
@@ -275,20 +234,20 @@ fn enrolling_and_unenrolling_spare_open_connections_and_leave_nothing() -> Resul
         mesh.wait_ready(&lab, node)?;
     }
     let (web, cart) = (lab.pod("web")?, lab.pod("cart")?);
-    let _server = serve(&lab, cart)?;
+    let _server = Server::start(&lab, cart, PORT)?;
     let idle = Inventory::of(&lab)?;
     let held = lab.spawn(
         web,
-        &seqecho(&format!(
-            "client --to {} --connections {HELD} --seconds 12 --interval-ms 20",
-            cart.at(PORT)
-        ))?,
+        &client_with(
+            cart.at(PORT),
+            &format!("--connections {HELD} --seconds 12 --interval-ms 20"),
+        )?,
     )?;
     wait::until("direct connections", LIMIT, || {
         Ok((inventory::established(&cart.netns, PORT)? == HELD).then_some(()))
     })?;
     mesh.enroll_all(&lab)?;
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
     let metrics = mesh.metrics(lab.node("n1")?)?;
     let tunnelled = metrics.sum(
         "weft_connections_opened_total",
@@ -309,9 +268,9 @@ fn enrolling_and_unenrolling_spare_open_connections_and_leave_nothing() -> Resul
         mesh.unenroll(&lab, node, pod)?;
         mesh.enroll(&lab, node, pod)?;
         mesh.wait_enrolled(&lab, node, pod)?;
-        require_service(&lab, &mesh, web, cart.at(PORT))?;
+        require_service(&lab, web, cart.at(PORT))?;
     }
-    let held = report(held.wait(LIMIT)?)?;
+    let held = report(held)?;
     ensure!(
         held.lost() == 0 && held.complete == HELD as u64,
         "connections from before the enrolment must not notice anything: {held:?}"
@@ -320,7 +279,7 @@ fn enrolling_and_unenrolling_spare_open_connections_and_leave_nothing() -> Resul
         mesh.unenroll(&lab, lab.node(node)?, lab.pod(pod)?)?;
     }
     same_but_for_files(&lab, &idle)?;
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
 
     // One node is stopped in order, the other dies with its workload enrolled.
     mesh.enroll(&lab, lab.node("n2")?, cart)?;
@@ -333,7 +292,7 @@ fn enrolling_and_unenrolling_spare_open_connections_and_leave_nothing() -> Resul
         fs::create_dir(&node.run_dir)?;
     }
     Inventory::of(&lab)?.require_same_as(&untouched)?;
-    require_service(&lab, &mesh, web, cart.at(PORT))
+    require_service(&lab, web, cart.at(PORT))
 }
 
 /// Everything as in `before`, except for the files that an agent keeps in its run directory while it runs.
@@ -354,16 +313,16 @@ fn sigterm_lets_connections_end() -> Result<()> {
     let lab = two_nodes(Families::V4)?;
     let mut mesh = Mesh::start(&lab, MeshSpec::default())?;
     let (web, cart) = (lab.pod("web")?, lab.pod("cart")?);
-    let _server = serve(&lab, cart)?;
+    let _server = Server::start(&lab, cart, PORT)?;
     let (source, destination) = (lab.node("n1")?, lab.node("n2")?);
     for node in [source, destination] {
         // Ends within the drain deadline of 5 s.
         let short = lab.spawn(
             web,
-            &seqecho(&format!(
-                "client --to {} --connections {HELD} --records 40 --interval-ms 50",
-                cart.at(PORT)
-            ))?,
+            &client_with(
+                cart.at(PORT),
+                &format!("--connections {HELD} --records 40 --interval-ms 50"),
+            )?,
         )?;
         wait::until("connections under way", LIMIT, || {
             Ok((inventory::established(&cart.netns, PORT)? == HELD).then_some(()))
@@ -371,14 +330,18 @@ fn sigterm_lets_connections_end() -> Result<()> {
         let stopped = mesh.stop_agent(node, Signal::SIGTERM)?;
         let drained = stopped.stderr.clone();
         stopped.ok()?;
-        let report = report(short.wait(LIMIT)?)?;
+        let report = report(short)?;
         ensure!(
             report.lost() == 0,
             "{}: connections that end within the deadline lose nothing: {report:?}\n{drained}",
             node.name
         );
         ensure!(drained.contains("cut=0"), "{drained}");
-        let late = client(&lab, web, cart.at(PORT), "--connections 3 --limit-ms 5000")?;
+        let late = talk(
+            &lab,
+            web,
+            &client_with(cart.at(PORT), "--connections 3 --limit-ms 5000")?,
+        )?;
         ensure!(
             late.complete == 0 && late.timeouts == 0,
             "a stopped agent's workloads are refused at once: {late:?}"
@@ -390,259 +353,22 @@ fn sigterm_lets_connections_end() -> Result<()> {
     // Longer than the deadline: ended by the agent, not left hanging.
     let long = lab.spawn(
         web,
-        &seqecho(&format!(
-            "client --to {} --connections 3 --records 100000 --interval-ms 50 --limit-ms 10000",
-            cart.at(PORT)
-        ))?,
+        &client_with(
+            cart.at(PORT),
+            "--connections 3 --records 100000 --interval-ms 50 --limit-ms 10000",
+        )?,
     )?;
     wait::until("connections under way", LIMIT, || {
         Ok((inventory::established(&cart.netns, PORT)? == 3).then_some(()))
     })?;
     let stopped = mesh.stop_agent(source, Signal::SIGTERM)?;
     ensure!(stopped.stderr.contains("cut=3"), "{}", stopped.stderr);
-    let report = report(long.wait(LIMIT)?)?;
+    let report = report(long)?;
     ensure!(
         report.resets + report.early_eofs == 3 && report.timeouts == 0,
         "connections beyond the deadline end: {report:?}"
     );
     Ok(())
-}
-
-#[test]
-fn a_second_agent_is_refused_and_the_first_is_unharmed() -> Result<()> {
-    let lab = two_nodes(Families::V4)?;
-    let mut mesh = Mesh::start(&lab, MeshSpec::default())?;
-    let (web, cart) = (lab.pod("web")?, lab.pod("cart")?);
-    let _server = serve(&lab, cart)?;
-    let node = lab.node("n1")?;
-    // The snapshot is written when the agent finds the time.
-    let before = Inventory::of(&lab)?.without("mesh.snapshot");
-    let stream = lab.spawn(
-        web,
-        &seqecho(&format!(
-            "client --to {} --connections 5 --seconds 3 --interval-ms 20",
-            cart.at(PORT)
-        ))?,
-    )?;
-    let other_ports = Arguments::of(&lab, &mesh, node)
-        .with("--metrics-addr", "127.0.0.1:16020")
-        .with("--readiness-addr", "127.0.0.1:16021")
-        .with("--admin-addr", "127.0.0.1:16000");
-    refused(&lab, node, &other_ports, &["another agent", "--run-dir"])?;
-    let other_run_dir = lab.directory().join("second");
-    let same_node = other_ports.with("--run-dir", &other_run_dir.to_string_lossy());
-    refused(&lab, node, &same_node, &["another agent", "n1"])?;
-    ensure!(!other_run_dir.exists(), "the second run directory stays");
-    mesh.check_running()?;
-    Inventory::of(&lab)?
-        .without("mesh.snapshot")
-        .require_same_as(&before)?;
-    let report = report(stream.wait(LIMIT)?)?;
-    ensure!(report.lost() == 0, "the first agent was harmed: {report:?}");
-    require_service(&lab, &mesh, web, cart.at(PORT))
-}
-
-/// An agent's command line that can be changed.
-#[derive(Debug, Clone)]
-struct Arguments(BTreeMap<String, String>);
-
-impl Arguments {
-    fn of(lab: &Lab, mesh: &Mesh, node: &Node) -> Self {
-        let text = |path: &Path| path.to_string_lossy().into_owned();
-        let control = format!("https://{}:15012", lab.nodes()[0].address());
-        let pairs = [
-            ("--node", node.name.clone()),
-            ("--run-dir", text(&node.run_dir)),
-            ("--cgroup-root", text(&node.cgroup_root)),
-            ("--bpffs-root", text(&node.bpffs_root)),
-            ("--control-plane", control),
-            (
-                "--control-plane-ca",
-                text(&mesh.directory().join("ca/root-cert.pem")),
-            ),
-            (
-                "--token-file",
-                text(&mesh.directory().join(format!("token-{}", node.name))),
-            ),
-        ];
-        Self(pairs.map(|(flag, value)| (flag.to_owned(), value)).into())
-    }
-
-    fn with(&self, flag: &str, value: &str) -> Self {
-        let mut changed = self.clone();
-        changed.0.insert(flag.to_owned(), value.to_owned());
-        changed
-    }
-
-    fn without(&self, flag: &str) -> Self {
-        let mut changed = self.clone();
-        changed.0.remove(flag);
-        changed
-    }
-
-    fn program(&self) -> Result<Program> {
-        let words = self.0.iter().flat_map(|(flag, value)| [flag, value]);
-        Ok(Program::new(programs::own("mesh-agent")?)
-            .named("refused-agent")
-            .arg("run")
-            .args(words))
-    }
-}
-
-/// The agent must end with a failure whose message holds all of these texts.
-fn refused(lab: &Lab, node: &Node, arguments: &Arguments, texts: &[&str]) -> Result<()> {
-    refused_program(lab, node, &arguments.program()?, texts)
-}
-
-fn refused_program(lab: &Lab, node: &Node, program: &Program, texts: &[&str]) -> Result<()> {
-    let finished = lab
-        .spawn_agent(node, program)?
-        .wait(LIMIT)
-        .with_context(|| format!("an agent that must not start ({texts:?})"))?;
-    println!("{}", finished.stderr.trim());
-    ensure!(!finished.status.success(), "it reported success: {texts:?}");
-    ensure!(
-        finished.status.code().is_some(),
-        "it crashed: {}",
-        finished.stderr
-    );
-    for text in texts {
-        ensure!(
-            finished.stderr.contains(text),
-            "the message lacks {text:?}: {}",
-            finished.stderr
-        );
-    }
-    Ok(())
-}
-
-#[test]
-fn a_failed_start_says_why_and_leaves_nothing() -> Result<()> {
-    let lab = two_nodes(Families::V4)?;
-    let mut mesh = Mesh::prepare(&lab, MeshSpec::default())?;
-    mesh.start_control(&lab)?;
-    let node = lab.node("n1")?;
-    let good = Arguments::of(&lab, &mesh, node);
-    let before = Inventory::of(&lab)?;
-    let file = |name: &str, text: &str| -> Result<String> {
-        let path = lab.directory().join(name);
-        fs::write(&path, text)?;
-        Ok(path.to_string_lossy().into_owned())
-    };
-    let garbage = file("garbage.pem", "not a certificate")?;
-    let empty = file("empty", "")?;
-    let plain = lab.directory().to_string_lossy().into_owned();
-    let cases = [
-        (good.with("--bpffs-root", &plain), ["bpf", "--bpffs-root"]),
-        (
-            good.with("--cgroup-root", &plain),
-            ["cgroup2", "--cgroup-root"],
-        ),
-        (
-            good.with("--control-plane-ca", "/nonexistent/root.pem"),
-            ["--control-plane-ca", "root-cert.pem"],
-        ),
-        (
-            good.with("--control-plane-ca", &garbage),
-            ["--control-plane-ca", "no PEM certificate"],
-        ),
-        (
-            good.with("--token-file", "/nonexistent/token"),
-            ["--token-file", "--node-tokens"],
-        ),
-        (good.with("--token-file", &empty), ["--token-file", "empty"]),
-        (
-            good.with("--control-plane", "http://10.0.0.1:1"),
-            ["controlPlane.address", "https://"],
-        ),
-        (
-            good.without("--control-plane"),
-            ["controlPlane.address", "--standalone"],
-        ),
-        (
-            good.without("--control-plane-ca"),
-            ["controlPlane.caFile", "--control-plane-ca"],
-        ),
-        (good.without("--node"), ["node.name", "--node"]),
-        (good.with("--node", "a/b"), ["node.name", "a/b"]),
-        (
-            good.with("--admin-addr", "0.0.0.0:15000"),
-            ["listen.admin", "loopback"],
-        ),
-        (good.with("--workers", "many"), ["--workers", "many"]),
-        (
-            good.with("--no-such-flag", "1"),
-            ["--no-such-flag", "Usage"],
-        ),
-        (
-            good.without("--control-plane")
-                .with("--standalone", "/nonexistent/manifests"),
-            ["control plane", "/nonexistent/manifests"],
-        ),
-    ];
-    for (arguments, texts) in cases {
-        refused(&lab, node, &arguments, &texts)?;
-    }
-    for port in [METRICS_PORT, READINESS_PORT, ADMIN_PORT] {
-        let _taken = inventory::occupy(&node.netns, SocketAddr::from(([127, 0, 0, 1], port)))?;
-        refused(&lab, node, &good, &["in use", &port.to_string()])?;
-    }
-    bad_configuration(&lab, node, &good)?;
-    let nobody = Program::line("setpriv --reuid 65534 --regid 65534 --clear-groups")
-        .arg(programs::own("mesh-agent")?)
-        .args([
-            "run",
-            "--node",
-            "n1",
-            "--control-plane",
-            "https://10.0.0.1:1",
-        ])
-        .args(["--control-plane-ca", "/nonexistent/root.pem"]);
-    refused_program(&lab, node, &nobody, &["must run as root", "CAP_BPF"])?;
-    Inventory::of(&lab)?.require_same_as(&before)?;
-    let new = lab.directory().join("deep/er/run");
-    let in_new_folder = good
-        .with("--run-dir", &new.to_string_lossy())
-        .with("--bpffs-root", &plain);
-    refused(&lab, node, &in_new_folder, &["--bpffs-root"])?;
-    ensure!(
-        !lab.directory().join("deep").exists(),
-        "folders made for a failed start stay"
-    );
-    // The control: the same command line without a mistake starts.
-    let mut agent = lab.spawn_agent(node, &good.program()?)?;
-    agent.wait_for_output("agent is running", LIMIT)
-}
-
-fn bad_configuration(lab: &Lab, node: &Node, good: &Arguments) -> Result<()> {
-    let path = lab.directory().join("bad.yaml");
-    let with_file = good.with("--config", &path.to_string_lossy());
-    let cases: [(&str, &[&str]); 6] = [
-        ("node:\n  nmae: x\n", &["bad.yaml", "line 2", "nmae"]),
-        (
-            "proxy:\n  workers: many\n",
-            &["bad.yaml", "line 2", "workers"],
-        ),
-        ("node: [\n", &["bad.yaml", "line"]),
-        (
-            "workloads:\n- namespace: a\n  name: b\n",
-            &["bad.yaml", "netns"],
-        ),
-        (
-            "workloads:\n- {namespace: a, name: b, netns: run/x}\n",
-            &["workloads", "absolute"],
-        ),
-        (
-            "listen:\n  metrics: here\n",
-            &["bad.yaml", "line 2", "metrics"],
-        ),
-    ];
-    for (text, expected) in cases {
-        fs::write(&path, text)?;
-        refused(lab, node, &with_file, expected)?;
-    }
-    fs::remove_file(&path)?;
-    refused(lab, node, &with_file, &["bad.yaml", "No such file"])
 }
 
 #[test]
@@ -660,7 +386,7 @@ fn a_namespace_that_vanishes_disturbs_nobody() -> Result<()> {
             .node("n2", [PodSpec::new("cart")]),
     )?;
     let mut mesh = Mesh::start(&lab, MeshSpec::default())?;
-    let _server = serve(&lab, lab.pod("cart")?)?;
+    let _server = Server::start(&lab, lab.pod("cart")?, PORT)?;
     let cart = lab.pod("cart")?.at(PORT);
     let missing = |lab: &Lab, mesh: &Mesh, name: &str| -> Result<String> {
         let status = workload_status(lab, mesh, lab.node("n1")?, name)?;
@@ -670,9 +396,7 @@ fn a_namespace_that_vanishes_disturbs_nobody() -> Result<()> {
     // While the agent runs.
     let stream = lab.spawn(
         lab.pod("web")?,
-        &seqecho(&format!(
-            "client --to {cart} --connections 5 --seconds 3 --interval-ms 20"
-        ))?,
+        &client_with(cart, "--connections 5 --seconds 3 --interval-ms 20")?,
     )?;
     lab.remove_pod("gone1")?;
     let says = missing(&lab, &mesh, "gone1")?;
@@ -681,7 +405,7 @@ fn a_namespace_that_vanishes_disturbs_nobody() -> Result<()> {
         "{says:?}"
     );
     unenrol_by_name(&lab, &mesh, "gone1")?;
-    let report = report(stream.wait(LIMIT)?)?;
+    let report = report(stream)?;
     ensure!(report.lost() == 0, "neighbours lost: {report:?}");
 
     // While it does not.
@@ -705,7 +429,7 @@ fn a_namespace_that_vanishes_disturbs_nobody() -> Result<()> {
         .filter(|name| name.starts_with("link-lookup"))
         .collect();
     ensure!(pins.len() == 1, "pins of vanished workloads stay: {pins:?}");
-    require_service(&lab, &mesh, lab.pod("web")?, cart)
+    require_service(&lab, lab.pod("web")?, cart)
 }
 
 fn unenrol_by_name(lab: &Lab, mesh: &Mesh, name: &str) -> Result<()> {
@@ -723,9 +447,9 @@ fn a_workload_that_cannot_be_taken_over_stays_closed() -> Result<()> {
     let lab = two_nodes(Families::V4)?;
     let mut mesh = Mesh::start(&lab, MeshSpec::default())?;
     let (web, cart) = (lab.pod("web")?, lab.pod("cart")?);
-    let _server = serve(&lab, cart)?;
+    let _server = Server::start(&lab, cart, PORT)?;
     let node = lab.node("n1")?;
-    require_service(&lab, &mesh, web, cart.at(PORT))?;
+    require_service(&lab, web, cart.at(PORT))?;
     mesh.stop_agent(node, Signal::SIGKILL)?;
     let capture = LinkCapture::start(&lab)?;
     // The application takes the agent's port while no agent holds it.
@@ -740,7 +464,7 @@ fn a_workload_that_cannot_be_taken_over_stays_closed() -> Result<()> {
         says.contains("not captured") && says.contains("15001"),
         "{status}"
     );
-    let report = client(&lab, web, cart.at(PORT), "--connections 5")?;
+    let report = talk(&lab, web, &client_with(cart.at(PORT), "--connections 5")?)?;
     ensure!(
         report.connect_errors.get("ECONNREFUSED") == Some(&5),
         "what was captured must not become open: {report:?}"
@@ -752,5 +476,36 @@ fn a_workload_that_cannot_be_taken_over_stays_closed() -> Result<()> {
     mesh.unenroll(&lab, node, web)?;
     mesh.enroll(&lab, node, web)?;
     mesh.wait_enrolled(&lab, node, web)?;
-    require_service(&lab, &mesh, web, cart.at(PORT))
+    require_service(&lab, web, cart.at(PORT))?;
+    damaged_records(&lab, &mut mesh)
+}
+
+/// An agent that has lost its records does not know whom to serve, and opens nobody.
+fn damaged_records(lab: &Lab, mesh: &mut Mesh) -> Result<()> {
+    let (web, cart, node) = (lab.pod("web")?, lab.pod("cart")?, lab.node("n1")?);
+    let damaged = node.run_dir.join("workloads.json.damaged");
+    for round in 0..2 {
+        mesh.stop_agent(node, Signal::SIGKILL)?;
+        if round == 0 {
+            fs::write(node.run_dir.join("workloads.json"), "{")?;
+        }
+        mesh.start_agent(lab, node)?;
+        let mut status = Value::Null;
+        wait::until("the damage to be told", LIMIT, || {
+            status = mesh.status(lab, node)?.unwrap_or_default();
+            let pending = status["pending"].to_string();
+            Ok(pending.contains("workloads.json.damaged").then_some(()))
+        })
+        .with_context(|| format!("{status}"))?;
+        let report = talk(lab, web, &client_with(cart.at(PORT), "--connections 5")?)?;
+        ensure!(
+            report.connect_errors.get("ECONNREFUSED") == Some(&5),
+            "round {round}: what was captured must not become open: {report:?}"
+        );
+    }
+    mesh.enroll(lab, node, web)?;
+    fs::remove_file(damaged)?;
+    mesh.wait_ready(lab, node)?;
+    mesh.wait_enrolled(lab, node, web)?;
+    require_service(lab, web, cart.at(PORT))
 }

@@ -11,18 +11,16 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
     cgroup,
+    conversation::{LIMIT, Server, require_service},
     inventory::Inventory,
     lab::{Families, Lab, LabSpec, PodSpec},
     manifests::{self, ServicePort},
     mesh::{Mesh, MeshSpec},
     process::{Finished, Program, Running},
-    programs,
-    seqecho::report::Report,
-    wait,
+    programs, wait,
 };
 use nix::sys::signal::Signal;
 
-const LIMIT: Duration = Duration::from_secs(30);
 /// The whole guide: two meshes are started, used and removed.
 const GUIDE_LIMIT: Duration = Duration::from_secs(120);
 const PORT: u16 = 7000;
@@ -46,9 +44,7 @@ fn one_process_serves_a_node_and_leaves_nothing() -> Result<()> {
     let cart_service = manifests::service("default", "cart", "cart", &[service.ip()], &[port]);
     mesh.manifests.write("service", &[cart_service])?;
     let address = cart.at(PORT);
-    let listen = ["server", "--listen", &address.to_string()].map(ToOwned::to_owned);
-    let server = Program::new(programs::own("seqecho")?).args(listen);
-    let _server = lab.serve(cart, &server, address, LIMIT)?;
+    let _server = Server::start(&lab, cart, PORT)?;
 
     let mut first = start(&lab, &mesh)?;
     for pod in [web, cart] {
@@ -56,7 +52,7 @@ fn one_process_serves_a_node_and_leaves_nothing() -> Result<()> {
         mesh.wait_enrolled(&lab, node, pod)?;
     }
     for to in [address, service] {
-        require_service(&lab, to)?;
+        require_service(&lab, web, to)?;
     }
     first.check_running()?;
     let authority = fs::read(node.run_dir.join("standalone-roots.pem"))?;
@@ -67,7 +63,7 @@ fn one_process_serves_a_node_and_leaves_nothing() -> Result<()> {
     for pod in [web, cart] {
         mesh.wait_enrolled(&lab, node, pod)?;
     }
-    require_service(&lab, service)?;
+    require_service(&lab, web, service)?;
     ensure!(
         authority == fs::read(node.run_dir.join("standalone-roots.pem"))?,
         "a restart must keep the authority"
@@ -77,7 +73,7 @@ fn one_process_serves_a_node_and_leaves_nothing() -> Result<()> {
     // The lab made it; only its content is the agent's.
     fs::create_dir(&node.run_dir)?;
     Inventory::of(&lab)?.require_same_as(&before)?;
-    require_service(&lab, address)
+    require_service(&lab, web, address)
 }
 
 fn start(lab: &Lab, mesh: &Mesh) -> Result<Running> {
@@ -99,19 +95,6 @@ fn start(lab: &Lab, mesh: &Mesh) -> Result<Running> {
         Ok(pending.filter(Vec::is_empty).map(drop))
     })?;
     Ok(agent)
-}
-
-fn require_service(lab: &Lab, to: SocketAddr) -> Result<()> {
-    let client = Program::new(programs::own("seqecho")?)
-        .args(["client", "--connections", "5", "--records", "5", "--to"])
-        .arg(to.to_string());
-    let finished = lab.run(lab.pod("web")?, &client, LIMIT)?;
-    let report = Report::parse(&finished.stdout)?;
-    ensure!(
-        report.lost() == 0 && report.records == 25,
-        "{to}: {report:?}"
-    );
-    Ok(())
 }
 
 #[test]

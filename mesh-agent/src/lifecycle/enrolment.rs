@@ -89,7 +89,10 @@ impl Agent {
             .filter_map(|missing| missing.record.as_ref())
             .map(|record| NetnsCookie(record.cookie))
             .collect();
-        self.capture.forget_strangers(&on_record);
+        // Enrolments that are no longer known may be among the strangers: they must not become open.
+        if !self.records.are_damaged() {
+            self.capture.forget_strangers(&on_record);
+        }
         if let Err(error) = self.save_records() {
             tracing::error!(%error, "enrolments are not recorded; a restarted agent will not know them");
         }

@@ -13,6 +13,8 @@ use crate::capture::Record;
 
 /// Name of the file inside the run directory.
 pub(super) const FILE_NAME: &str = "workloads.json";
+/// Where a file that cannot be understood is put, also as the sign that enrolments are not known.
+pub(super) const DAMAGED_NAME: &str = "workloads.json.damaged";
 /// Largest file read, in bytes: 4096 workloads of 4 KiB each.
 const FILE_MAX_BYTES: u64 = 16 << 20;
 /// Format of the file.
@@ -39,7 +41,9 @@ pub enum RecordsError {
         source: io::Error,
     },
     /// It is not ours, or damaged.
-    #[error("{path} is damaged ({reason}); enrolments made over the socket must be made again")]
+    #[error(
+        "{path} is damaged ({reason}) and was put aside as {DAMAGED_NAME}: what was captured stays captured without service; enrol it again, then remove {DAMAGED_NAME}"
+    )]
     Damaged {
         /// Which file.
         path: PathBuf,
@@ -63,11 +67,27 @@ impl Records {
         }
     }
 
-    /// What an earlier agent left; nothing if there is no file.
+    /// What an earlier agent left; nothing if there is no file. A damaged file is put aside, so that it is neither
+    /// overwritten nor forgotten ([`Records::are_damaged`]).
     ///
     /// # Errors
     /// When the file cannot be read or is damaged.
     pub fn load(&self) -> Result<Vec<Record>, RecordsError> {
+        let loaded = self.read();
+        if matches!(loaded, Err(RecordsError::Damaged { .. })) {
+            fs::rename(&self.path, self.path.with_file_name(DAMAGED_NAME))
+                .map_err(self.failed("put aside"))?;
+        }
+        loaded
+    }
+
+    /// Whether enrolments were lost and nobody has said yet that this is settled, by removing the damaged file.
+    #[must_use]
+    pub fn are_damaged(&self) -> bool {
+        self.path.with_file_name(DAMAGED_NAME).exists()
+    }
+
+    fn read(&self) -> Result<Vec<Record>, RecordsError> {
         let damaged = |reason: String| RecordsError::Damaged {
             path: self.path.clone(),
             reason,
@@ -203,6 +223,10 @@ mod tests {
             fs::write(dir.path().join(FILE_NAME), text).expect("written");
             let error = records.load().expect_err(text).to_string();
             assert!(error.contains(FILE_NAME), "{error}");
+            let aside = fs::read_to_string(dir.path().join(DAMAGED_NAME));
+            assert_eq!(aside.expect("put aside"), text);
+            assert!(records.are_damaged());
+            assert_eq!(records.load().expect("no file any more"), []);
         }
     }
 

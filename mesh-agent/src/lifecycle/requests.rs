@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use mesh_api::local::{Request, Response, Status, WorkloadStatus};
 use serde_json::{Value, json};
 
-use super::agent::Agent;
+use super::{agent::Agent, records::DAMAGED_NAME};
 use crate::{
     admin::{AdminState, LocalHandler},
     capture::Enrolled,
@@ -98,6 +98,12 @@ impl Agent {
             pending.push(format!("capture of {namespace}/{name}: {}", missing.reason));
         }
         drop(missing);
+        if self.records.are_damaged() {
+            pending.push(format!(
+                "enrolments: {} holds some that are not known any more; enrol what is missing, then remove it",
+                self.config.node.run_dir.join(DAMAGED_NAME).display()
+            ));
+        }
         self.telemetry
             .agent
             .ready

@@ -54,7 +54,11 @@ impl RunDir {
         }
         let is_fresh = Self::FILES
             .iter()
-            .chain(&[records::FILE_NAME, standalone::CA_DIR])
+            .chain(&[
+                records::FILE_NAME,
+                records::DAMAGED_NAME,
+                standalone::CA_DIR,
+            ])
             .all(|name| !path.join(name).exists());
         Ok(Self {
             _lock: lock(path)?,
@@ -88,7 +92,10 @@ impl RunDir {
     }
 
     fn remove_files(self) {
-        for name in Self::FILES.iter().chain(&[records::FILE_NAME]) {
+        for name in Self::FILES
+            .iter()
+            .chain(&[records::FILE_NAME, records::DAMAGED_NAME])
+        {
             // A file that is not there is what we want.
             let _ = fs::remove_file(self.path.join(name));
         }

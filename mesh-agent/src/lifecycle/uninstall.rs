@@ -26,7 +26,11 @@ pub fn uninstall(config: &AgentConfig) -> Result<(), AgentError> {
         })?;
     // Programs first: while they are there, a namespace without its routes would refuse everything.
     remove_kernel_side(config);
-    for record in records.load()? {
+    let known = records.load().unwrap_or_else(|error| {
+        tracing::error!(%error, "rules and routes of unknown workloads stay in their namespaces");
+        Vec::new()
+    });
+    for record in known {
         let workload = format!("{}/{}", record.enrolment.namespace, record.enrolment.name);
         match runtime.block_on(undo_record(&record)) {
             Ok(()) => tracing::info!(%workload, "un-enrolled"),

@@ -119,21 +119,7 @@ fn allow_and_deny(web: IpAddr, plain: IpAddr) -> Vec<Case> {
                 ("plain", PORT, true),
             ],
         },
-        Case {
-            name: "allow a port",
-            objects: vec![authorization(
-                "port",
-                "ALLOW",
-                json!([{ "to": [{ "ports": [PORT] }] }]),
-            )],
-            policies: &["shop/port"],
-            expected: &[
-                ("web", PORT, true),
-                ("web", OTHER_PORT, false),
-                ("plain", PORT, true),
-                ("plain", OTHER_PORT, false),
-            ],
-        },
+        by_port(),
         Case {
             name: "DENY goes before ALLOW",
             objects: vec![
@@ -166,6 +152,24 @@ fn allow_and_deny(web: IpAddr, plain: IpAddr) -> Vec<Case> {
             &["shop/audit"],
         ),
     ]
+}
+
+fn by_port() -> Case {
+    Case {
+        name: "allow a port",
+        objects: vec![authorization(
+            "port",
+            "ALLOW",
+            json!([{ "to": [{ "ports": [PORT] }] }]),
+        )],
+        policies: &["shop/port"],
+        expected: &[
+            ("web", PORT, true),
+            ("web", OTHER_PORT, false),
+            ("plain", PORT, true),
+            ("plain", OTHER_PORT, false),
+        ],
+    }
 }
 
 fn plaintext() -> Vec<Case> {

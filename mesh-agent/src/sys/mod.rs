@@ -27,3 +27,10 @@ pub fn watch_fd<T: std::os::fd::AsFd + std::os::fd::AsRawFd>(
     // moves into the result.
     unsafe { tokio::io::unix::AsyncFd::register(owner) }.map_err(|error| error.into_parts().1)
 }
+
+/// Gives memory that is free back to the system. The allocator does so by itself only while it is used, and an agent
+/// that has started, or whose load is over, is not.
+pub fn release_memory() {
+    // SAFETY: may be called at any time from any thread (mimalloc.h); it touches the allocator's own state only.
+    unsafe { libmimalloc_sys::mi_collect(true) };
+}

@@ -3,7 +3,7 @@
 
 use std::{fs, path::Path};
 
-use rustls::pki_types::CertificateDer;
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 
 use super::{AgentError, standalone::Upstream};
 use crate::{discovery::client::TOKEN_MAX_BYTES, identity::roots::TrustRoots};
@@ -34,7 +34,7 @@ pub(super) fn check(upstream: &Upstream) -> Result<(), AgentError> {
 
 fn roots(path: &Path) -> Result<(), String> {
     let text = fs::read(path).map_err(|error| error.to_string())?;
-    let certificates = rustls_pemfile::certs(&mut text.as_slice())
+    let certificates = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<Vec<CertificateDer<'static>>, _>>()
         .map_err(|error| format!("it is no PEM: {error}"))?;
     if certificates.is_empty() {

@@ -24,21 +24,22 @@ pub fn use_directory(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Path of one of Weft's own programs: in the folder set by [`use_directory`] or `$WEFT_BIN_DIR`, else near the running executable (a test lives in
-/// `target/PROFILE/deps`, the programs in `target/PROFILE`).
+/// Path of one of Weft's own programs: in the folder set by [`use_directory`] or `$WEFT_BIN_DIR`, else near the running
+/// executable (a test lives in `target/PROFILE/deps`, the programs in `target/PROFILE`).
 ///
 /// # Errors
 /// It has not been built.
 pub fn own(name: &str) -> Result<PathBuf> {
-    if let Some(directory) = env::var_os(DIRECTORY_VARIABLE) {
-        let path = PathBuf::from(directory).join(name);
+    let named = DIRECTORY
+        .get()
+        .cloned()
+        .or_else(|| env::var_os(DIRECTORY_VARIABLE).map(PathBuf::from));
+    if let Some(directory) = named {
+        let path = directory.join(name);
         if path.is_file() {
             return Ok(path);
         }
-        bail!(
-            "{} does not exist; {DIRECTORY_VARIABLE} names its folder",
-            path.display()
-        );
+        bail!("{} does not exist (cargo xtask build)", path.display());
     }
     let executable = env::current_exe().context("cannot find the running executable")?;
     executable

@@ -40,7 +40,6 @@ impl Hub {
     }
 
     /// Read access; hold it only for a look-up, never across an await.
-    #[must_use]
     pub fn read(&self) -> RwLockReadGuard<'_, Index> {
         self.index.read().unwrap_or_else(PoisonError::into_inner)
     }

@@ -184,7 +184,7 @@ async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartE
 async fn serve(
     discovery: Discovery,
     ca: CaService,
-    incoming: ReceiverStream<io::Result<tokio_rustls::server::TlsStream<tokio::net::TcpStream>>>,
+    incoming: ReceiverStream<io::Result<server::Counted>>,
     stop: watch::Receiver<bool>,
 ) {
     let mut graceful = stop.clone();

@@ -336,7 +336,11 @@ fn traffic_settings_become_load_balancing() {
             (mode, health),
             "{setting}"
         );
-        assert_eq!(balancing.routing_preference().next_back(), last, "{setting}");
+        assert_eq!(
+            balancing.routing_preference().next_back(),
+            last,
+            "{setting}"
+        );
     }
 }
 

@@ -430,4 +430,12 @@ fn demands_are_limited() {
         .session
         .on_request(request(DEMANDED_MAX + 1), world.index.store());
     assert_eq!(refused, Err(Violation::TooManyNames));
+
+    let mut fresh = Session::default();
+    let refused = fresh.on_request(request(DEMANDED_MAX + 1), world.index.store());
+    assert_eq!(
+        refused,
+        Err(Violation::TooManyNames),
+        "in the first request as well"
+    );
 }

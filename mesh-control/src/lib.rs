@@ -90,6 +90,24 @@ pub enum StartError {
 }
 
 /// Starts control planes.
+///
+/// ```no_run
+/// # async fn embed() -> Result<(), mesh_control::StartError> {
+/// use mesh_control::{ControlPlane, config::{ControlConfig, SourceConfig}};
+///
+/// let config = ControlConfig {
+///     source: SourceConfig { folder: "manifests".into() },
+///     ..ControlConfig::default() // a free port of 127.0.0.1, an authority in memory
+/// };
+/// let control = ControlPlane::start(config, prometheus::Registry::new()).await?;
+/// let (address, roots) = (control.address(), control.roots_pem());
+/// let token = control.node_token("node-a");
+/// // Dial `address` over TLS with `roots` (names: `localhost`, `127.0.0.1`), bearing `token`.
+/// # let _ = (address, roots, token);
+/// control.shutdown().await;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct ControlPlane;
 
@@ -184,7 +202,7 @@ async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartE
 async fn serve(
     discovery: Discovery,
     ca: CaService,
-    incoming: ReceiverStream<io::Result<tokio_rustls::server::TlsStream<tokio::net::TcpStream>>>,
+    incoming: ReceiverStream<io::Result<server::Counted>>,
     stop: watch::Receiver<bool>,
 ) {
     let mut graceful = stop.clone();

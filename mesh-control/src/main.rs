@@ -36,7 +36,7 @@
 //!
 //! On SIGINT or SIGTERM it ends its streams and exits with 0. It prints `listening on ADDR` to the log once it serves.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -241,8 +241,8 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&args.log).context("--log is not a filter")?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr);
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     match args.log_format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

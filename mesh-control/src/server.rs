@@ -3,7 +3,9 @@
 use std::{
     io,
     net::IpAddr,
+    pin::Pin,
     sync::{Arc, PoisonError, RwLock},
+    task::{Context, Poll},
     time::{Duration, SystemTime},
 };
 
@@ -14,22 +16,28 @@ use rustls::{
     sign::CertifiedKey,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tonic::transport::server::Connected;
 use tracing::{debug, error, info, warn};
 
 use crate::{
     ca::{Authority, SERVING_LIFETIME, SignError},
     telemetry::Metrics,
+    xds::STREAMS_MAX,
 };
 
 /// How long a client may take for its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most handshakes at a time: after a restart all agents come at once, and each costs a signature.
 const HANDSHAKES_MAX: usize = 256;
+/// Most connections at a time, handshakes included: two for each of the streams that are served (one for discovery, one
+/// for certificates). Further ones wait in the kernel's queue.
+const CONNECTIONS_MAX: usize = 2 * STREAMS_MAX;
 /// Pause after a failed accept (out of file descriptors), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Pause after a failed renewal of the serving certificate.
@@ -147,19 +155,76 @@ pub(crate) fn serving_names(configured: &[String], listen: IpAddr) -> Vec<String
     names
 }
 
+/// A connection, counted as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Counted {
+    stream: TlsStream<TcpStream>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Connected for Counted {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
 /// Accepts connections and finishes their handshakes, each in a task of its own, until `stop` turns true.
 pub(crate) fn accept(
     listener: TcpListener,
     tls: ServerConfig,
     metrics: Metrics,
     mut stop: watch::Receiver<bool>,
-) -> mpsc::Receiver<io::Result<TlsStream<TcpStream>>> {
+) -> mpsc::Receiver<io::Result<Counted>> {
     let (ready, connections) = mpsc::channel(1);
     let acceptor = TlsAcceptor::from(Arc::new(tls));
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let connections_max = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     tokio::spawn(async move {
         loop {
-            let Ok(permit) = handshakes.clone().acquire_owned().await else {
+            let Ok(handshake) = handshakes.clone().acquire_owned().await else {
+                return;
+            };
+            let Ok(permit) = connections_max.clone().acquire_owned().await else {
                 return;
             };
             let accepted = tokio::select! {
@@ -181,7 +246,12 @@ pub(crate) fn accept(
                 match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
                     Ok(Ok(stream)) => {
                         // Fails only when the server is gone.
-                        let _ = ready.send(Ok(stream)).await;
+                        let _ = ready
+                            .send(Ok(Counted {
+                                stream,
+                                _permit: permit,
+                            }))
+                            .await;
                     }
                     Ok(Err(error)) => {
                         metrics.handshakes_failed.inc();
@@ -192,7 +262,7 @@ pub(crate) fn accept(
                         debug!(%peer, "TLS handshake took too long");
                     }
                 }
-                drop(permit);
+                drop(handshake);
             });
         }
     });

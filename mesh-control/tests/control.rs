@@ -443,3 +443,48 @@ async fn what_cannot_start_says_why() {
     let short = start(|config, _| config.ca.leaf_max_lifetime = Duration::from_secs(1)).await;
     assert!(matches!(short, Err(StartError::Config(_))), "{short:?}");
 }
+
+#[test]
+fn validate_prints_every_problem_and_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let validate = |folder: &Path| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_mesh-control"))
+            .arg("validate")
+            .arg(folder)
+            .output()
+            .unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).unwrap(),
+        )
+    };
+    fs::write(
+        folder.path().join("a.yaml"),
+        pod("web", "node-a", "10.0.0.1"),
+    )
+    .unwrap();
+    assert_eq!(
+        validate(folder.path()),
+        (Some(0), "1 objects, no problems\n".into())
+    );
+    fs::write(
+        folder.path().join("b.yaml"),
+        pod("web", "node-b", "10.0.0.1"),
+    )
+    .unwrap();
+    fs::write(
+        folder.path().join("c.yaml"),
+        pod("cart", "node-b", "10.0.0.x"),
+    )
+    .unwrap();
+    let (code, printed) = validate(folder.path());
+    assert_eq!(code, Some(1));
+    assert_eq!(
+        printed.lines().collect::<Vec<_>>(),
+        [
+            "b.yaml: Pod shop/web is already defined in a.yaml, whose version is used",
+            "c.yaml: document 1 (line 1), Pod shop/cart, field status.podIPs[0].ip: \"10.0.0.x\" is not an IP address",
+        ]
+    );
+    assert_eq!(validate(Path::new("/nonexistent")).0, Some(2));
+}

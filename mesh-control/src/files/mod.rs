@@ -211,7 +211,7 @@ impl FilesSource {
             return;
         }
         self.fingerprints.insert(name.into(), fingerprint);
-        match read_limited(&path) {
+        match read_limited(&path, FILE_MAX_BYTES) {
             Ok(text) => self.folder.update(name, Ok(&text)),
             Err(message) => self.folder.update(name, Err(message)),
         }
@@ -320,15 +320,15 @@ fn is_manifest(name: &str) -> bool {
     !name.starts_with('.') && matches!(extension, Some("yaml" | "yml" | "json"))
 }
 
-fn read_limited(path: &Path) -> Result<String, String> {
+fn read_limited(path: &Path, max_bytes: u64) -> Result<String, String> {
     let failed = |error: io::Error| format!("cannot be read: {error}");
     let file = fs::File::open(path).map_err(failed)?;
     let mut bytes = Vec::new();
-    file.take(FILE_MAX_BYTES + 1)
+    file.take(max_bytes + 1)
         .read_to_end(&mut bytes)
         .map_err(failed)?;
-    if bytes.len() as u64 > FILE_MAX_BYTES {
-        return Err(format!("is larger than {FILE_MAX_BYTES} bytes; split it"));
+    if bytes.len() as u64 > max_bytes {
+        return Err(format!("is larger than {max_bytes} bytes; split it"));
     }
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();

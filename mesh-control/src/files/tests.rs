@@ -147,11 +147,9 @@ async fn a_folder_that_vanishes_keeps_its_state_and_is_followed_when_it_is_back(
 fn files_over_the_limit_or_not_text_are_problems_of_that_file_only() {
     let folder = tempfile::tempdir().expect("tempdir");
     let path = |name: &str| folder.path().join(name);
-    let mut text = pod("web", "10.0.0.1").into_bytes();
-    text.resize(usize::try_from(FILE_MAX_BYTES).expect("fits"), b'\n');
-    fs::write(path("limit.yaml"), &text).expect("write");
-    text.push(b'\n');
-    fs::write(path("over.yaml"), &text).expect("write");
+    fs::write(path("good.yaml"), pod("web", "10.0.0.1")).expect("write");
+    let over = fs::File::create(path("over.yaml")).expect("create");
+    over.set_len(FILE_MAX_BYTES + 1).expect("a sparse file");
     fs::write(path("binary.yaml"), [0xff, 0xfe]).expect("write");
     fs::create_dir(path("folder.yaml")).expect("folder");
     fs::write(path(".hidden.yaml"), "{").expect("write");
@@ -166,6 +164,15 @@ fn files_over_the_limit_or_not_text_are_problems_of_that_file_only() {
             format!("over.yaml: is larger than {FILE_MAX_BYTES} bytes; split it"),
         ]
     );
+}
+
+#[test]
+fn a_file_of_exactly_the_limit_is_read() {
+    let folder = tempfile::tempdir().expect("tempdir");
+    let path = folder.path().join("a.yaml");
+    fs::write(&path, "12345").expect("write");
+    assert_eq!(read_limited(&path, 5).as_deref(), Ok("12345"));
+    assert!(read_limited(&path, 4).is_err());
 }
 
 #[test]

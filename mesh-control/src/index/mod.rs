@@ -117,6 +117,12 @@ impl Index {
         &self.store
     }
 
+    /// Empties the change log, as many changes would.
+    #[cfg(test)]
+    pub(crate) fn forget_log(&mut self) {
+        self.store.forget_log();
+    }
+
     /// Number of objects of a kind.
     #[must_use]
     pub fn objects(&self, kind: Kind) -> usize {

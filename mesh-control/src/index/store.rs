@@ -230,6 +230,13 @@ impl Store {
             .for_each(|service| unlink(&mut self.endpoints, service));
     }
 
+    /// What a log that has overflowed many times looks like.
+    #[cfg(test)]
+    pub(super) fn forget_log(&mut self) {
+        self.log.clear();
+        self.forgotten = self.generation;
+    }
+
     /// Makes a batch visible to streams.
     pub(super) fn commit(&mut self, diff: &Diff) {
         if diff.is_empty() {

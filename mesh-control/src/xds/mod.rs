@@ -36,7 +36,7 @@ const RESPONSES_QUEUED_MAX: usize = 1;
 /// How long a client may leave the socket full before it is cut off.
 const SEND_STALL_MAX: Duration = Duration::from_secs(60);
 /// How often a stream's token is checked again.
-const CREDENTIAL_RECHECK: Duration = Duration::from_secs(5);
+const CREDENTIAL_RECHECK: Duration = Duration::from_secs(2);
 /// How long addresses wait for the client to ask for policies as well, so that these can go first.
 const AUTHORIZATION_WAIT: Duration = Duration::from_millis(200);
 

@@ -120,7 +120,8 @@ impl Session {
         };
         let slot = &mut self.subscriptions[kind as usize];
         let Some(subscription) = slot else {
-            *slot = Some(Subscription::begin(&request));
+            let subscription = slot.insert(Subscription::begin(&request));
+            subscription.check_limit()?;
             return Ok(Event::Accepted);
         };
         let event = subscription.acknowledge(kind, &request);
@@ -297,9 +298,7 @@ impl Subscription {
                 self.sent.remove(&resource.name);
             }
         }
-        if self.demanded.len() > DEMANDED_MAX {
-            return Err(Violation::TooManyNames);
-        }
+        self.check_limit()?;
         if request.resource_names_unsubscribe.is_empty() {
             return Ok(());
         }
@@ -315,6 +314,13 @@ impl Subscription {
         self.sent
             .retain(|name, _| wanted.contains_key(name) || self.demanded.contains(name));
         self.dirty = Dirty::All;
+        Ok(())
+    }
+
+    fn check_limit(&self) -> Result<(), Violation> {
+        if self.demanded.len() > DEMANDED_MAX {
+            return Err(Violation::TooManyNames);
+        }
         Ok(())
     }
 

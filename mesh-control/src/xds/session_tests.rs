@@ -6,7 +6,7 @@ use mesh_api::{
 use super::*;
 use crate::{
     config::MeshConfig,
-    index::{CHANGE_LOG_MAX, Change, Index},
+    index::{Change, Index},
 };
 
 const ADDRESS: ResourceType = ResourceType::Address;
@@ -190,16 +190,9 @@ fn a_client_that_is_further_behind_than_the_log_still_converges() {
     world.subscribe(ADDRESS, &[]);
     assert_eq!(world.next(), got(ADDRESS, &[CART], &[]));
     world.ack(ADDRESS);
-    let (a, b) = (
-        parse(&pod("web", "10.0.0.2")).objects,
-        parse(&pod("web", "10.0.0.3")).objects,
-    );
-    let (a, b) = (Arc::new(a[0].object.clone()), Arc::new(b[0].object.clone()));
-    for _ in 0..=CHANGE_LOG_MAX / 2 {
-        world.index.apply([Change::Upsert(a.clone())]);
-        world.index.apply([Change::Upsert(b.clone())]);
-    }
+    world.put(&pod("web", "10.0.0.2"));
     world.delete(Kind::Pod, "shop", "cart");
+    world.index.forget_log();
     assert_eq!(world.next(), got(ADDRESS, &[WEB], &[CART]));
 }
 
@@ -437,4 +430,12 @@ fn demands_are_limited() {
         .session
         .on_request(request(DEMANDED_MAX + 1), world.index.store());
     assert_eq!(refused, Err(Violation::TooManyNames));
+
+    let mut fresh = Session::default();
+    let refused = fresh.on_request(request(DEMANDED_MAX + 1), world.index.store());
+    assert_eq!(
+        refused,
+        Err(Violation::TooManyNames),
+        "in the first request as well"
+    );
 }

@@ -33,6 +33,9 @@ pub const NACK_MESSAGE_MAX_BYTES: usize = 4 * 1024;
 /// control plane gone wild costs its own new resources and not the node's memory. Policies have no such limit, because
 /// leaving one out could allow what it denies.
 pub const ADDRESSES_HELD_MAX: usize = 1_000_000;
+/// Most refused workloads and services that are remembered in order not to be reported twice. Refused policies are
+/// always remembered: their stand-ins are in force.
+pub const REFUSED_REMEMBERED_MAX: usize = 10_000;
 /// `google.rpc.Code.INVALID_ARGUMENT`.
 const INVALID_ARGUMENT: i32 = 3;
 
@@ -283,7 +286,7 @@ impl Subscription {
         self.types.values().all(|state| state.answered_now)
     }
 
-    /// How many resources are refused at present.
+    /// How many resources are refused at present, as far as they are remembered.
     #[must_use]
     pub fn refused(&self) -> usize {
         self.types.values().map(|state| state.refused.len()).sum()
@@ -351,17 +354,24 @@ impl TypeState {
             .refused
             .get(&record.name)
             .is_some_and(|r| r.reported && r.fingerprint == fingerprint);
-        let keep = rules.keep_bodies && stand_in.is_some();
-        let body = if keep { record.body } else { Bytes::new() };
-        self.refused.insert(
-            record.name,
-            Refused {
-                fingerprint,
-                reported,
-                stand_in: stand_in.is_some(),
-                body,
-            },
-        );
+        let in_force = stand_in.is_some();
+        let body = if rules.keep_bodies && in_force {
+            record.body
+        } else {
+            Bytes::new()
+        };
+        let refused = Refused {
+            fingerprint,
+            reported,
+            stand_in: in_force,
+            body,
+        };
+        if in_force
+            || self.refused.len() < REFUSED_REMEMBERED_MAX
+            || self.refused.contains_key(&record.name)
+        {
+            self.refused.insert(record.name, refused);
+        }
         updates.extend(stand_in);
         rejected.push(refusal);
     }
@@ -400,7 +410,7 @@ impl TypeState {
         for refusal in rejected {
             match self.refused.get_mut(refusal.name.as_str()) {
                 Some(refused) => news |= !std::mem::replace(&mut refused.reported, true),
-                // Without a body, or with a name too long to be remembered: always news.
+                // Without a body, or one too many to be remembered: always news.
                 None => news = true,
             }
         }

@@ -140,9 +140,13 @@ impl Lab {
 
     /// Starts an agent, or the successor of one.
     fn agent(&self) -> Agent {
+        Self::agent_with(self.config())
+    }
+
+    fn agent_with(config: DiscoveryConfig) -> Agent {
         let (writer, mesh) = Mesh::channel("");
         let (client, status) =
-            DiscoveryClient::new(self.config(), writer, 1).expect("a good configuration");
+            DiscoveryClient::new(config, writer, 1).expect("a good configuration");
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(client.run(shutdown.clone()));
         Agent {
@@ -326,4 +330,30 @@ async fn plain_http_and_unusable_addresses_are_refused_at_once() {
             "{address:?}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_snapshot_that_cannot_be_written_is_counted_and_nothing_else_suffers() {
+    let mut lab = Lab::new().await;
+    let nowhere = Some(lab.path("missing/snapshot"));
+    let mut agent = Lab::agent_with(DiscoveryConfig {
+        snapshot_file: nowhere,
+        ..lab.config()
+    });
+    let mut session = lab.session().await;
+    session.request().await;
+    session.request().await;
+    session
+        .send(Kind::Address, vec![workload("a", "10.0.0.1")])
+        .await;
+    session.send(Kind::Authorization, vec![]).await;
+    agent.until(|status| status.phase == Phase::Connected).await;
+    assert!(agent.knows("10.0.0.1"));
+    let status = agent.status.clone();
+    agent.stop().await;
+    assert_eq!(
+        status.borrow().snapshot_failures,
+        1,
+        "tried once more before the end"
+    );
 }

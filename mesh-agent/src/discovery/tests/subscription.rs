@@ -6,7 +6,9 @@ use prost::Message as _;
 use prost_types::Any;
 
 use super::*;
-use crate::discovery::subscription::{Kind, NACK_MESSAGE_MAX_BYTES, Subscription};
+use crate::discovery::subscription::{
+    Kind, NACK_MESSAGE_MAX_BYTES, REFUSED_REMEMBERED_MAX, Subscription,
+};
 
 fn subscription() -> Subscription {
     Subscription::new(
@@ -290,6 +292,33 @@ fn the_text_of_a_nack_is_bounded_and_counts_the_rest() {
         text.len() <= NACK_MESSAGE_MAX_BYTES + 64 && text.ends_with(" more"),
         "{} bytes",
         text.len()
+    );
+}
+
+#[test]
+fn the_memory_of_refusals_is_bounded_and_what_it_lacks_is_reported_again() {
+    let mut subscription = subscription();
+    let many =
+        |range: std::ops::Range<usize>| range.map(|i| broken(&format!("p{i}"), "1")).collect();
+    let max = REFUSED_REMEMBERED_MAX;
+    subscription.on_response(response(Kind::Address, "1", many(0..max + 1)));
+    assert_eq!(subscription.refused(), max);
+    assert!(
+        !subscription
+            .on_response(response(Kind::Address, "2", many(0..max)))
+            .nack
+    );
+    assert!(
+        subscription
+            .on_response(response(Kind::Address, "3", many(max..max + 1)))
+            .nack
+    );
+    let policy = resource("shop/deny", "1", vec![0xff]);
+    subscription.on_response(response(Kind::Authorization, "4", vec![policy]));
+    assert_eq!(
+        subscription.refused(),
+        max + 1,
+        "a policy that denies is never forgotten"
     );
 }
 

@@ -125,6 +125,7 @@ struct PathArgs {
 }
 
 fn main() -> ExitCode {
+    sys::keep_memory_small();
     let cli = Cli::parse();
     match execute(cli) {
         Ok(()) => ExitCode::SUCCESS,

@@ -69,10 +69,6 @@ impl Agent {
 pub fn run(config: AgentConfig, logs: LogControl) -> Result<(), AgentError> {
     let system = |what| move |source| AgentError::System { what, source };
     raise_descriptor_limit();
-    // Huge pages would round every small heap up to megabytes.
-    if let Err(error) = nix::sys::prctl::set_thp_disable(true) {
-        tracing::debug!(%error, "huge pages stay on; more memory is used");
-    }
     rustls::crypto::aws_lc_rs::default_provider()
         .install_default()
         .map_err(|_| AgentError::CryptoProvider)?;
@@ -131,7 +127,6 @@ async fn start_and_run(
     tokio::spawn(agent.clone().follow_mesh());
     tokio::spawn(agent.clone().report_same_node());
     tokio::spawn(agent.clone().keep_captured());
-    tokio::spawn(release_memory_at_times());
     tokio::spawn(admin.serve(Arc::new(AdminView {
         agent: agent.clone(),
         logs,
@@ -223,18 +218,6 @@ impl Agent {
             serving: Mutex::default(),
             missing: Mutex::default(),
         }))
-    }
-}
-
-/// How often free memory goes back to the system: a burst shall not be paid for long after it.
-const RELEASE_INTERVAL: Duration = Duration::from_secs(10);
-
-async fn release_memory_at_times() {
-    let mut ticks = tokio::time::interval(RELEASE_INTERVAL);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        sys::release_memory();
     }
 }
 

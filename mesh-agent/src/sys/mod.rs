@@ -28,9 +28,20 @@ pub fn watch_fd<T: std::os::fd::AsFd + std::os::fd::AsRawFd>(
     unsafe { tokio::io::unix::AsyncFd::register(owner) }.map_err(|error| error.into_parts().1)
 }
 
-/// Gives memory that is free back to the system. The allocator does so by itself only while it is used, and an agent
-/// that has started, or whose load is over, is not.
-pub fn release_memory() {
-    // SAFETY: may be called at any time from any thread (mimalloc.h); it touches the allocator's own state only.
-    unsafe { libmimalloc_sys::mi_collect(true) };
+/// `mi_option_purge_delay` and `mi_option_minimal_purge_size` of mimalloc.h, which the bindings do not name.
+const MI_OPTION_PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+const MI_OPTION_MINIMAL_PURGE_KIB: libmimalloc_sys::mi_option_t = 44;
+
+/// Makes the process give back memory as soon as it is free: an agent that has started, or whose load is over, does
+/// nothing that would make the allocator do so later (measured: 17 MB instead of 45 when idle). Huge pages go too, since
+/// they round every small heap up to megabytes. Call it first in `main`.
+pub fn keep_memory_small() {
+    if let Err(error) = nix::sys::prctl::set_thp_disable(true) {
+        tracing::debug!(%error, "huge pages stay on; more memory is used");
+    }
+    // SAFETY: may be called at any time; the numbers are those of the header that the bindings compile.
+    unsafe {
+        libmimalloc_sys::mi_option_set(MI_OPTION_PURGE_DELAY, 0);
+        libmimalloc_sys::mi_option_set(MI_OPTION_MINIMAL_PURGE_KIB, 64);
+    }
 }

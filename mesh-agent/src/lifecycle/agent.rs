@@ -127,6 +127,10 @@ async fn start_and_run(
     tokio::spawn(agent.clone().follow_mesh());
     tokio::spawn(agent.clone().report_same_node());
     tokio::spawn(agent.clone().keep_captured());
+    tokio::spawn(async {
+        tokio::time::sleep(START_UP).await;
+        sys::keep_memory_at_hand();
+    });
     tokio::spawn(admin.serve(Arc::new(AdminView {
         agent: agent.clone(),
         logs,
@@ -220,6 +224,9 @@ impl Agent {
         }))
     }
 }
+
+/// Until the mesh is known and the first certificates are there; memory is kept small so long.
+const START_UP: Duration = Duration::from_secs(3);
 
 /// Log lines of the kernel programs appear among ours.
 fn log_kernel_messages(kernel: &mut Kernel) {

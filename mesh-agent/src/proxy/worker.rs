@@ -18,8 +18,8 @@ use std::{
 
 use futures::FutureExt;
 use tokio::{
-    runtime::LocalOptions,
     sync::{Notify, mpsc, watch},
+    task::LocalSet,
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -144,30 +144,16 @@ impl Workers {
             next_listener: AtomicUsize::new(0),
         });
         for (index, (sockets, orders)) in inboxes.into_iter().enumerate() {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .map_err(WorkerError::Start)?;
             let (context, shared) = (context.clone(), shared.clone());
-            let (report, started) = std::sync::mpsc::sync_channel(1);
             let thread = std::thread::Builder::new()
                 .name(format!("weft-worker-{index}"))
                 .spawn(move || {
-                    // A local runtime cannot leave its thread. Unlike a `LocalSet` inside another runtime it has one
-                    // queue of tasks, and does not poll `run` for every event of a connection.
-                    let runtime = tokio::runtime::Builder::new_current_thread()
-                        .enable_all()
-                        .build_local(LocalOptions::default());
-                    let (runtime, outcome) = match runtime {
-                        Ok(runtime) => (Some(runtime), Ok(())),
-                        Err(error) => (None, Err(error)),
-                    };
-                    // Whoever started it waits for this, unless it panicked.
-                    let _ = report.send(outcome);
-                    if let Some(runtime) = runtime {
-                        runtime.block_on(run(index, context, shared, sockets, orders));
-                    }
+                    LocalSet::new().block_on(&runtime, run(index, context, shared, sockets, orders))
                 })
-                .map_err(WorkerError::Start)?;
-            started
-                .recv()
-                .unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")))
                 .map_err(WorkerError::Start)?;
             inner
                 .threads

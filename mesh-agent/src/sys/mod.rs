@@ -32,8 +32,8 @@ pub fn watch_fd<T: std::os::fd::AsFd + std::os::fd::AsRawFd>(
 const MI_OPTION_PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 const MI_OPTION_MINIMAL_PURGE_KIB: libmimalloc_sys::mi_option_t = 44;
 
-/// How long the allocator keeps free memory under load, in milliseconds. Giving it back at once costs a quarter of the
-/// throughput (measured), never giving it back costs 25 MB that starting needed and running does not.
+/// How long the allocator keeps free memory under load, in milliseconds: long enough that buffers are not mapped anew
+/// for every burst. While starting it is zero, else some 25 MB that only starting needed would stay (measured).
 const PURGE_DELAY_MS: std::ffi::c_long = 1000;
 
 /// Makes the process give back memory as soon as it is free, until [`keep_memory_at_hand`]. Huge pages go for good, since

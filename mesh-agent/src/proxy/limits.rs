@@ -37,6 +37,18 @@ pub struct TunnelLimits {
     pub handshakes_per_source: usize,
 }
 
+impl TunnelLimits {
+    /// The connection window to grant a peer that may have `streams` open: a window for each. The `h2` crate gives
+    /// connection credit back only for bytes that the application took, so with less, streams whose readers stopped
+    /// would hold the credit of all others. What a tunnel may hold is bounded by its streams.
+    #[must_use]
+    pub fn connection_window(streams: u32) -> u32 {
+        streams
+            .saturating_mul(STREAM_WINDOW_BYTES)
+            .clamp(STREAM_WINDOW_BYTES, WINDOW_MAX_BYTES)
+    }
+}
+
 /// Deadlines and periods.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TimeLimits {
@@ -63,10 +75,11 @@ pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// Below this the node would be of no use; a process with fewer descriptors is told so by `weft check`.
 pub const MIN_CONNECTIONS_PER_NODE: usize = 64;
 
-/// HTTP/2 stream window, 4 MiB: what Istio's ztunnel uses; 10 Gbit/s at 3 ms.
+/// HTTP/2 stream window, 4 MiB: what Istio's ztunnel uses; 10 Gbit/s at 3 ms. It is the byte budget of one stream: a
+/// reader that stops holds no more, which is less than the kernel's own receive buffer would (6 MiB, `tcp_rmem`).
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-/// HTTP/2 connection window, 16 MiB: four stream windows, so that one stalled stream leaves room for others.
-pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// Largest window of a connection or stream (RFC 9113 section 6.9.1).
+pub const WINDOW_MAX_BYTES: u32 = (1 << 31) - 1;
 /// Largest frame we accept, 1 MiB: 16 KiB frames cost the `h2` crate a quarter of its throughput (measured).
 pub const MAX_FRAME_BYTES: u32 = 1 << 20;
 /// Bytes of one stream that wait inside the codec to be sent: two large reads, so that one is encrypted while the
@@ -164,7 +177,11 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_window_is_a_quarter_of_the_connection_window() {
-        assert_eq!(STREAM_WINDOW_BYTES * 4, CONNECTION_WINDOW_BYTES);
+    fn every_stream_has_a_window_of_its_own() {
+        let streams = Limits::default().tunnel.server_streams;
+        let window = TunnelLimits::connection_window(streams);
+        assert_eq!(window / STREAM_WINDOW_BYTES, streams);
+        assert_eq!(TunnelLimits::connection_window(0), STREAM_WINDOW_BYTES);
+        assert_eq!(TunnelLimits::connection_window(u32::MAX), WINDOW_MAX_BYTES);
     }
 }

@@ -531,6 +531,42 @@ async fn a_reader_that_stops_stops_the_writer_and_gets_everything_later() {
         .await;
 }
 
+/// The writer has filled every buffer on the way to a reader that stopped, then it resets: nothing is read from it any
+/// more, and yet the reader must hear of it, and every relay must end.
+#[tokio::test(start_paused = true)]
+async fn a_reset_behind_a_closed_window_is_a_reset() {
+    LocalSet::new()
+        .run_until(async {
+            for via in [Via::Plain, Via::Tunnel] {
+                for upload in [true, false] {
+                    let mut chain = chain(via).await;
+                    let (mut writer, frozen) = match upload {
+                        true => (chain.client, chain.server),
+                        false => (chain.server, chain.client),
+                    };
+                    let block = vec![7; 256 << 10];
+                    while timeout(Duration::from_secs(1), writer.write(&block))
+                        .await
+                        .is_ok()
+                    {}
+                    rst(writer);
+                    let patience = Duration::from_secs(10);
+                    let end = timeout(patience, chain.relays.remove(0)).await;
+                    let end = end.unwrap_or_else(|_| panic!("{via:?}, {upload}: relay stays"));
+                    let expected = if upload {
+                        End::NearReset
+                    } else {
+                        End::FarReset
+                    };
+                    assert_eq!(end.expect("no panic"), expected, "{via:?}");
+                    let heard = timeout(patience, broken(&frozen)).await;
+                    assert!(heard.is_ok(), "{via:?}, {upload}: the reader hears nothing");
+                }
+            }
+        })
+        .await;
+}
+
 /// More streams than any window of a few of them would have room for.
 const STALLED: usize = 12;
 

@@ -172,6 +172,14 @@ impl<M: Meter> Directions for TunnelDirections<'_, M> {
         self.send.poll_reset(cx).map(|_| ())
     }
 
+    fn up_waits(&self) -> bool {
+        self.stalled
+    }
+
+    fn down_waits(&self) -> bool {
+        !self.chunk.is_empty()
+    }
+
     fn near_is_gone(&mut self) {
         self.near_gone = true;
     }

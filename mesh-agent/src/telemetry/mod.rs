@@ -20,6 +20,7 @@ use crate::{discovery::model::Workload, sys::socket::TcpStatistics};
 
 mod access;
 mod edges;
+pub mod log_queue;
 pub mod logging;
 pub mod metrics;
 
@@ -235,6 +236,7 @@ impl Telemetry {
         let registry = Registry::new();
         let edges = Arc::new(Edges::new(edges_max));
         metrics::register(&registry, edges::Collect(edges.clone()));
+        metrics::register(&registry, logging::dropped_lines());
         metrics::build_info(&registry, version);
         Arc::new(Self {
             edges,

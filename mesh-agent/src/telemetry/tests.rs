@@ -304,6 +304,7 @@ fn every_documented_metric_is_there() {
         "weft_capture_repairs_total 0",
         "weft_agent_ready 0",
         "weft_agent_panics_total 0",
+        "weft_log_lines_dropped_total 0",
         "weft_certificate_expiry_seconds{identity=\"spiffe://cluster.local/ns/shop/sa/web\"} 1900000000",
         "weft_xds_connected 0",
         "weft_xds_messages_total 0",

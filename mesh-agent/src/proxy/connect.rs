@@ -15,7 +15,10 @@ use super::{
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
     identity::Certified,
-    sys::netns::duplicate,
+    sys::{
+        netns::duplicate,
+        socket::{SharedStatistics, TcpStatistics},
+    },
     telemetry::{Direction, Telemetry, metrics::TunnelGuard},
 };
 
@@ -85,6 +88,7 @@ impl Dialer {
         let client = TunnelClient::handshake(self.codec, stream, &self.limits, measured).await?;
         Ok(Tunnel {
             client,
+            statistics: Rc::default(),
             _open: Rc::new(self.telemetry.tunnels.open(Direction::Outbound)),
         })
     }
@@ -125,7 +129,17 @@ impl Connector for Dialer {
 pub struct Tunnel {
     /// Its client end.
     pub client: TunnelClient,
+    statistics: Rc<SharedStatistics>,
     _open: Rc<TunnelGuard>,
+}
+
+impl Tunnel {
+    /// What the kernel measured on its TCP connection, retransmissions since the last call.
+    #[must_use]
+    pub fn tcp_statistics(&self) -> Option<TcpStatistics> {
+        let total = self.client.tcp_statistics()?;
+        Some(self.statistics.since_last(total))
+    }
 }
 
 impl Pooled for Tunnel {

@@ -5,8 +5,9 @@ use std::{
     collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
     pin::pin,
-    rc::Rc,
+    rc::{Rc, Weak},
     sync::Arc,
     time::Instant,
 };
@@ -36,6 +37,10 @@ use crate::{
     discovery::model::Workload,
     identity::peer_identity,
     policy::{self, Authorized, Decision},
+    sys::{
+        netns::duplicate,
+        socket::{SharedStatistics, TcpStatistics, tcp_statistics},
+    },
     telemetry::{CloseReason, ConnectionInfo, Direction, OpenConnection, Party, Security},
 };
 
@@ -104,6 +109,17 @@ struct TunnelEnds {
     peer: SocketAddr,
     own: SocketAddr,
     identity: Identity,
+    /// Its socket, for as long as the tunnel is open, for measurements.
+    socket: Weak<OwnedFd>,
+    statistics: Rc<SharedStatistics>,
+}
+
+impl TunnelEnds {
+    /// What the kernel measured on the tunnel's TCP connection, retransmissions since the last call.
+    fn tcp_statistics(&self) -> Option<TcpStatistics> {
+        let total = tcp_statistics(self.socket.upgrade()?.as_fd()).ok()?;
+        Some(self.statistics.since_last(total))
+    }
 }
 
 /// Carries one tunnel from its accept to its end.
@@ -127,6 +143,7 @@ pub(super) async fn serve_tunnel(
     let Ok(own) = socket.local_addr().map(unmapped) else {
         return;
     };
+    let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
     let Some((identity, server)) = Box::pin(shake_hands(&worker, &served.local, socket)).await
     else {
         let tunnels = &worker.context.telemetry.tunnels;
@@ -143,6 +160,8 @@ pub(super) async fn serve_tunnel(
             peer,
             own,
             identity,
+            socket: measured.as_ref().map(Rc::downgrade).unwrap_or_default(),
+            statistics: Rc::default(),
         },
         server,
     )
@@ -253,6 +272,9 @@ async fn serve_connect(
     } = connected;
     let idle = worker.context.limits.time.half_close_idle;
     let end = relay_tunnel(app, stream, &InboundMeter(&open), registered.signal(), idle).await;
+    if let Some(statistics) = ends.tcp_statistics() {
+        open.observe_tcp(statistics);
+    }
     open.finish(close_reason(end));
 }
 
@@ -407,6 +429,12 @@ impl Meter for InboundMeter<'_> {
 
     fn far_to_near(&self, bytes: usize) {
         self.0.add_sent(bytes as u64);
+    }
+
+    fn ended(&self, far: Option<&TcpStream>) {
+        if let Some(Ok(statistics)) = far.map(|far| tcp_statistics(far.as_fd())) {
+            self.0.observe_tcp(statistics);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::SocketAddr,
+    os::fd::AsFd,
     pin::pin,
     rc::Rc,
     sync::Arc,
@@ -174,15 +175,12 @@ pub(super) async fn serve(
     let end = match upstream {
         Upstream::Tunnel(stream, lease) => {
             let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
-            if let Some(statistics) = lease.tunnel().client.tcp_statistics() {
+            if let Some(statistics) = lease.tunnel().tcp_statistics() {
                 open.observe_tcp(statistics);
             }
             end
         }
         Upstream::Plain(upstream) => {
-            if let Ok(statistics) = tcp_statistics(std::os::fd::AsFd::as_fd(&upstream)) {
-                open.observe_tcp(statistics);
-            }
             relay_tcp(app, upstream, &meter, registered.signal(), idle).await
         }
     };
@@ -208,6 +206,12 @@ impl Meter for OutboundMeter<'_> {
 
     fn far_to_near(&self, bytes: usize) {
         self.0.add_received(bytes as u64);
+    }
+
+    fn ended(&self, far: Option<&TcpStream>) {
+        if let Some(Ok(statistics)) = far.map(|far| tcp_statistics(far.as_fd())) {
+            self.0.observe_tcp(statistics);
+        }
     }
 }
 

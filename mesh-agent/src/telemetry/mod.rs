@@ -383,8 +383,8 @@ impl OpenConnection {
         self.edge.add_received(bytes);
     }
 
-    /// What the kernel measured on one leg. Retransmissions are totals of the connection: of repeated reports only the
-    /// growth counts.
+    /// What the kernel measured on the leg between the nodes. Retransmissions are totals of this connection: of repeated
+    /// reports only the growth counts. Those of a shared tunnel count for one connection each.
     pub fn observe_tcp(&self, statistics: TcpStatistics) {
         let before = self.retransmits.fetch_max(statistics.retransmits, Relaxed);
         self.edge

@@ -51,6 +51,8 @@ pub trait Meter {
     fn near_to_far(&self, bytes: usize);
     /// From the other side to the application.
     fn far_to_near(&self, bytes: usize);
+    /// No more will be; `far` is the other side where that is a socket, open still for measurements.
+    fn ended(&self, far: Option<&TcpStream>);
 }
 
 /// How a relayed connection ended.

@@ -147,6 +147,7 @@ pub async fn relay_tcp<M: Meter>(
     };
     let mut state = Drive::new(directions);
     let end = drive(&near, Some(&far), &mut state, close, half_close_idle).await;
+    meter.ended(Some(&far));
     let (up, down) = (state.up, state.down);
     drop(state);
     match end {

@@ -32,6 +32,8 @@ enum Via {
 struct Counted {
     up: Cell<usize>,
     down: Cell<usize>,
+    /// The other side's address, asked for when all was over.
+    far: Cell<Option<SocketAddr>>,
 }
 
 impl Meter for Counted {
@@ -41,6 +43,10 @@ impl Meter for Counted {
 
     fn far_to_near(&self, bytes: usize) {
         self.down.set(self.down.get() + bytes);
+    }
+
+    fn ended(&self, far: Option<&TcpStream>) {
+        self.far.set(far.and_then(|far| far.peer_addr().ok()));
     }
 }
 
@@ -629,11 +635,13 @@ async fn bytes_are_counted_on_both_ways() {
         .run_until(async {
             let (mut client, client_near) = pair().await;
             let (server_near, mut server) = pair().await;
+            let far = server_near.peer_addr().expect("connected");
             let relay = spawn_local(async move {
                 let (counted, signal) = (Counted::default(), CloseSignal::default());
                 let end =
                     relay_tcp(client_near, server_near, &counted, &signal, HALF_CLOSE_IDLE).await;
-                (end, counted.up.get(), counted.down.get())
+                let passed = (counted.up.get(), counted.down.get());
+                (end, passed, counted.far.get())
             });
             client.write_all(b"12345").await.expect("open");
             client.shutdown().await.expect("open");
@@ -641,7 +649,11 @@ async fn bytes_are_counted_on_both_ways() {
             server.write_all(b"123").await.expect("open");
             drop(server);
             assert_eq!(read_to_end(&mut client).await, Saw::Fin(3));
-            assert_eq!(relay.await.expect("no panic"), (End::Finished, 5, 3));
+            assert_eq!(
+                relay.await.expect("no panic"),
+                (End::Finished, (5, 3), Some(far)),
+                "the socket is measured before it is closed"
+            );
         })
         .await;
 }

@@ -62,6 +62,7 @@ pub async fn relay_tunnel<M: Meter>(
     };
     let mut state = Drive::new(directions);
     let end = drive(&near, None, &mut state, close, half_close_idle).await;
+    meter.ended(None);
     let (up, down) = (state.up, state.down);
     let mut directions = state.directions;
     match end {

@@ -1,9 +1,9 @@
 //! How a worker's pool makes tunnels: dial from the workload's namespace, TLS with its certificate, HTTP/2.
 
-use std::{os::fd::AsFd, rc::Rc, sync::Arc, time::Instant};
+use std::{os::fd::AsFd, rc::Rc, sync::Arc};
 
 use rustls::pki_types::ServerName;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
 use super::{
@@ -56,9 +56,10 @@ impl Dialer {
     }
 
     async fn set_up(&self, key: &PoolKey, source: &Source) -> Result<Tunnel, TunnelError> {
-        let limit = self.limits.time.connect;
-        let dialled = timeout(
-            limit,
+        // For all steps together.
+        let deadline = Instant::now() + self.limits.time.connect;
+        let dialled = timeout_at(
+            deadline,
             dial(
                 &source.local,
                 key.destination,
@@ -75,8 +76,8 @@ impl Dialer {
         let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
         let began = Instant::now();
         let connector = TlsConnector::from(source.certified.client(key.expected.clone()));
-        let shaken = timeout(
-            self.limits.time.handshake,
+        let shaken = timeout_at(
+            deadline.min(began + self.limits.time.handshake),
             connector.connect(self.name.clone(), ReadAhead::new(socket)),
         );
         let stream = shaken
@@ -85,7 +86,10 @@ impl Dialer {
             .map_err(|error| TunnelError::Tls(Arc::new(error)))?;
         self.telemetry
             .observe_handshake(Direction::Outbound, began.elapsed());
-        let client = TunnelClient::handshake(self.codec, stream, &self.limits, measured).await?;
+        let greeted = TunnelClient::handshake(self.codec, stream, &self.limits, measured);
+        let client = timeout_at(deadline, greeted)
+            .await
+            .map_err(|_| TunnelError::TimedOut("take the HTTP/2 preface"))??;
         Ok(Tunnel {
             client,
             statistics: Rc::default(),

@@ -52,9 +52,10 @@ impl TunnelLimits {
 /// Deadlines and periods.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TimeLimits {
-    /// TCP connect, tunnel set-up and the answer to CONNECT, each.
+    /// From an application's connect to its upstream being ready, everything included: TCP, TLS, the answer to CONNECT,
+    /// and another endpoint. Also for setting up a tunnel, and for dialling a local application.
     pub connect: Duration,
-    /// A TLS handshake, including getting the certificate.
+    /// A TLS handshake, including getting the certificate; no longer than what is left of `connect`.
     pub handshake: Duration,
     /// From the end of the handshake to the client's HTTP/2 preface.
     pub first_frame: Duration,

@@ -19,7 +19,7 @@ use crate::{
         netns::duplicate,
         socket::{SharedStatistics, TcpStatistics},
     },
-    telemetry::{Direction, Telemetry, metrics::TunnelGuard},
+    telemetry::{Direction, Limit, Telemetry, metrics::TunnelGuard},
 };
 
 /// What a tunnel is made from, beside its key.
@@ -119,7 +119,7 @@ impl Connector for Dialer {
             PoolEvent::Waits => pool.waiting.inc(),
             PoolEvent::WaitsNoMore => pool.waiting.dec(),
             PoolEvent::Evicted(count) => pool.evicted.inc_by(count as u64),
-            PoolEvent::Full => self.telemetry.limits.reached("tunnels_per_key"),
+            PoolEvent::Full => self.telemetry.limits.reached(Limit::TunnelsPerKey),
         }
     }
 

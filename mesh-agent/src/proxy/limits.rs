@@ -101,6 +101,8 @@ pub const MAX_LOCAL_ERROR_RESETS: usize = 1024;
 /// Pause of an accept loop after the system refused (descriptors or memory): long enough not to spin, short enough
 /// that accepting resumes well within a second.
 pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+/// Least time between two log lines of one worker about failures that strangers, or the system, can cause at any rate.
+pub const FAILURE_LINES: Duration = Duration::from_secs(1);
 /// Accepted sockets that wait for another worker; when it is full they stay where they were accepted.
 pub const HANDOVER_QUEUE: usize = 1024;
 /// Orders (listen, close) that wait for a worker.

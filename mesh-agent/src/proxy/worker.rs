@@ -30,7 +30,8 @@ use super::{
     balance::{BalanceLimits, Balancer},
     connect::Dialer,
     limits::{
-        HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE, SWEEP_INTERVAL,
+        FAILURE_LINES, HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
+        SWEEP_INTERVAL,
     },
     pool::Pool,
     registry::Registry,
@@ -38,7 +39,7 @@ use super::{
 use crate::{
     capture::{ConnectionGuard, Listeners, LocalWorkload},
     policy::Decision,
-    telemetry::{CloseReason, Telemetry},
+    telemetry::{CloseReason, Limit, Telemetry, seldom::Seldom},
 };
 
 /// After the drain deadline connections are told to end; this is how long they have for it.
@@ -325,10 +326,10 @@ impl Shared {
             .mailboxes
             .get(index)
             .ok_or(WorkerError::NoOrders(index))?;
-        mailbox
-            .orders
-            .try_send(order)
-            .map_err(|_| WorkerError::NoOrders(index))
+        mailbox.orders.try_send(order).map_err(|_| {
+            self.telemetry.limits.reached(Limit::OrderQueue);
+            WorkerError::NoOrders(index)
+        })
     }
 
     fn close(&self, served: Option<u64>, reason: CloseReason) {
@@ -361,9 +362,18 @@ impl Shared {
             .sockets
             .try_send(accepted)
             .map_err(|error| match error {
-                mpsc::error::TrySendError::Full(accepted)
-                | mpsc::error::TrySendError::Closed(accepted) => accepted,
+                mpsc::error::TrySendError::Full(accepted) => {
+                    self.telemetry.limits.reached(Limit::HandoverQueue);
+                    accepted
+                }
+                mpsc::error::TrySendError::Closed(accepted) => accepted,
             })
+    }
+
+    /// Counts that a limit is reached.
+    pub fn refuse(&self, limit: Limit) -> Refused {
+        self.telemetry.limits.reached(limit);
+        Refused(limit)
     }
 
     /// Counts a connection on worker `index` against every limit. `application` is false for a tunnel, whose streams
@@ -375,13 +385,11 @@ impl Shared {
         application: bool,
     ) -> Result<Admission, Refused> {
         if self.total.load(Ordering::Relaxed) >= self.limits.connections_per_node {
-            self.telemetry.limits.reached("connections_per_node");
-            return Err(Refused);
+            return Err(self.refuse(Limit::ConnectionsPerNode));
         }
         let open = served.local.connections.load(Ordering::Relaxed);
         if application && open >= self.limits.connections_per_workload {
-            self.telemetry.limits.reached("connections_per_workload");
-            return Err(Refused);
+            return Err(self.refuse(Limit::ConnectionsPerWorkload));
         }
         self.total.fetch_add(1, Ordering::AcqRel);
         served.live.fetch_add(1, Ordering::AcqRel);
@@ -397,8 +405,9 @@ impl Shared {
 }
 
 /// A limit was reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Refused;
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("limit {} is reached", .0.name())]
+pub struct Refused(Limit);
 
 /// Stays where it is unless the least loaded worker has two connections less, and an eighth.
 fn less_loaded(own: usize, loads: impl Iterator<Item = usize>) -> usize {
@@ -458,6 +467,8 @@ pub(super) struct Worker {
     pub generation: watch::Receiver<u64>,
     pub handshakes: SourceCounts,
     pub tunnels: SourceCounts,
+    pub accept_failures: Seldom,
+    pub handshake_failures: Seldom,
 }
 
 impl Worker {
@@ -494,6 +505,8 @@ async fn run(
         generation: context.mesh.generation(),
         handshakes: SourceCounts::default(),
         tunnels: SourceCounts::default(),
+        accept_failures: Seldom::every(FAILURE_LINES),
+        handshake_failures: Seldom::every(FAILURE_LINES),
         context,
         shared,
     });

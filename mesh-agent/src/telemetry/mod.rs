@@ -23,9 +23,11 @@ mod edges;
 pub mod log_queue;
 pub mod logging;
 pub mod metrics;
+pub mod seldom;
 
 pub use edges::{EDGE_IDLE, EDGES_MAX};
 use edges::{EdgeCounters, Edges};
+pub use metrics::Limit;
 use metrics::{
     AgentMetrics, CaptureMetrics, CertificateMetrics, LimitMetrics, PolicyMetrics, PoolMetrics,
     TunnelMetrics, XdsMetrics,

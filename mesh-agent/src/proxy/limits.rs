@@ -107,6 +107,8 @@ pub const FAILURE_LINES: Duration = Duration::from_secs(1);
 pub const HANDOVER_QUEUE: usize = 1024;
 /// Orders (listen, close) that wait for a worker.
 pub const ORDER_QUEUE: usize = 4096;
+/// Pause before a worker's task that panicked is begun anew: a bug that comes back at once must not spin.
+pub const RESTART_PAUSE: Duration = Duration::from_millis(100);
 /// How often a worker looks for idle and dead tunnels.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// Shortest time between two evaluations of all live connections: policy edits come in bursts, and a second is

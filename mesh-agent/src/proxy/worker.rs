@@ -17,6 +17,8 @@ use std::{
 };
 
 use futures::FutureExt;
+use mesh_api::names::NamespacedName;
+use prometheus::IntCounter;
 use tokio::{
     sync::{Notify, mpsc, watch},
     task::LocalSet,
@@ -31,7 +33,7 @@ use super::{
     connect::Dialer,
     limits::{
         FAILURE_LINES, HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
-        SWEEP_INTERVAL,
+        RESTART_PAUSE, SWEEP_INTERVAL,
     },
     pool::Pool,
     registry::Registry,
@@ -510,8 +512,15 @@ async fn run(
         context,
         shared,
     });
-    tokio::task::spawn_local(sweep(worker.clone()));
-    tokio::task::spawn_local(reevaluate(worker.clone()));
+    let panics = &worker.context.telemetry.agent.panics;
+    let own = worker.clone();
+    tokio::task::spawn_local(supervise("sweep", panics.clone(), move || {
+        sweep(own.clone())
+    }));
+    let own = worker.clone();
+    tokio::task::spawn_local(supervise("reevaluate", panics.clone(), move || {
+        reevaluate(own.clone())
+    }));
     loop {
         tokio::select! {
             Some(accepted) = sockets.recv() => accept::adopt(&worker, accepted),
@@ -526,6 +535,22 @@ async fn run(
     }
 }
 
+/// Runs a task that the worker cannot do without; a panic is counted, and it is begun anew.
+async fn supervise<F: Future<Output = ()>>(
+    name: &'static str,
+    panics: IntCounter,
+    mut task: impl FnMut() -> F,
+) {
+    while AssertUnwindSafe(task()).catch_unwind().await.is_err() {
+        panics.inc();
+        tracing::error!(
+            name,
+            "a task of a worker ended in a panic and is begun anew"
+        );
+        sleep(RESTART_PAUSE).await;
+    }
+}
+
 async fn sweep(worker: Rc<Worker>) {
     let mut ticks = interval(SWEEP_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -535,16 +560,16 @@ async fn sweep(worker: Rc<Worker>) {
     }
 }
 
-/// Asks policy again about every live inbound connection whenever the mesh has changed.
+/// Asks policy again about every live inbound connection whenever the mesh has changed, and at the beginning: what the
+/// task was at when it panicked is done again.
 async fn reevaluate(worker: Rc<Worker>) {
     let mut generation = worker.context.mesh.generation();
-    while generation.changed().await.is_ok() {
+    loop {
         generation.borrow_and_update();
         for batch in worker.registry.judged().chunks(REEVALUATION_BATCH) {
             for (id, judged) in batch {
-                // A workload that discovery has lost sight of cannot be judged anew: its end comes by un-enrolment.
                 let decision = worker.context.judge(&judged.local, &judged.connection);
-                if let Some(Decision::Denied { policy, .. }) = decision {
+                if let Some(policy) = forbids(decision) {
                     tracing::info!(peer = ?judged.connection.peer, ?policy, "connection is no longer allowed");
                     worker.registry.close_one(*id, CloseReason::Revoked);
                 }
@@ -552,6 +577,19 @@ async fn reevaluate(worker: Rc<Worker>) {
             tokio::task::yield_now().await;
         }
         sleep(REEVALUATION_PAUSE).await;
+        if generation.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Whether a live connection must end, and by which policy. No decision, because discovery has lost sight of the
+/// workload, is a denial as for new connections: unknown means deny.
+fn forbids(decision: Option<Decision>) -> Option<Option<NamespacedName>> {
+    match decision {
+        Some(Decision::Allowed(_)) => None,
+        Some(Decision::Denied { policy, .. }) => Some(policy),
+        None => Some(None),
     }
 }
 
@@ -597,6 +635,24 @@ impl Drop for SourceCount {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_panics_is_counted_and_begun_anew() {
+        let panics = IntCounter::new("panics", "of tasks").expect("a valid name");
+        let mut begun = 0;
+        let supervised = supervise("test", panics.clone(), || {
+            begun += 1;
+            let fails = begun <= 2;
+            async move { assert!(!fails, "a bug") }
+        });
+        supervised.await;
+        assert_eq!((begun, panics.get()), (3, 2));
+    }
+
+    #[test]
+    fn a_live_connection_of_an_unknown_workload_must_end() {
+        assert_eq!(forbids(None), Some(None));
+    }
 
     #[test]
     fn a_connection_stays_unless_another_worker_is_clearly_less_loaded() {

@@ -237,7 +237,7 @@ struct Attempt<'a> {
     destination: SocketAddr,
     /// When it has failed, however far it has come.
     deadline: time::Instant,
-    /// Read before anything was decided: what is learnt holds for it only.
+    /// That of `source`, or an older one: what is learnt holds for it only.
     generation: u64,
     source: Option<Arc<Workload>>,
     service: Option<Arc<Service>>,
@@ -256,14 +256,15 @@ impl<'a> Attempt<'a> {
         client: SocketAddr,
         destination: SocketAddr,
     ) -> Self {
+        let (generation, source) = worker.context.source(local);
         Self {
             worker,
             local,
             client,
             destination,
             deadline: time::Instant::now() + worker.context.limits.time.connect,
-            generation: worker.generation(),
-            source: local.workload.load_full(),
+            generation,
+            source,
             service: None,
             endpoint: None,
             single: false,

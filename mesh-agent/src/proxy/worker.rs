@@ -20,7 +20,7 @@ use futures::FutureExt;
 use mesh_api::names::NamespacedName;
 use prometheus::IntCounter;
 use tokio::{
-    sync::{Notify, mpsc, watch},
+    sync::{Notify, mpsc},
     task::LocalSet,
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
@@ -466,7 +466,6 @@ pub(super) struct Worker {
     pub pool: Rc<Pool<Dialer>>,
     pub registry: Rc<Registry>,
     pub balancer: RefCell<Balancer>,
-    pub generation: watch::Receiver<u64>,
     pub handshakes: SourceCounts,
     pub tunnels: SourceCounts,
     pub accept_failures: Seldom,
@@ -474,11 +473,6 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// The mesh's generation now: read it before deciding what will be remembered under it.
-    pub fn generation(&self) -> u64 {
-        *self.generation.borrow()
-    }
-
     /// Runs a connection as a task of its own; a panic costs that connection only.
     pub fn spawn(&self, connection: impl Future<Output = ()> + 'static) {
         let telemetry = self.context.telemetry.clone();
@@ -504,7 +498,6 @@ async fn run(
         pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
         registry: Rc::new(Registry::default()),
         balancer: RefCell::new(Balancer::new(rand::random(), BalanceLimits::default())),
-        generation: context.mesh.generation(),
         handshakes: SourceCounts::default(),
         tunnels: SourceCounts::default(),
         accept_failures: Seldom::every(FAILURE_LINES),

@@ -4,7 +4,7 @@
 use std::{
     collections::HashSet,
     fs,
-    net::SocketAddr,
+    net::{Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -106,7 +106,7 @@ pub struct ControlPlaneConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct ListenConfig {
-    /// Prometheus metrics.
+    /// Prometheus metrics. `[::]` is both families, and IPv4 alone where the node has no IPv6.
     pub metrics: SocketAddr,
     /// Readiness.
     pub readiness: SocketAddr,
@@ -117,8 +117,8 @@ pub struct ListenConfig {
 impl Default for ListenConfig {
     fn default() -> Self {
         Self {
-            metrics: ([0, 0, 0, 0], 15020).into(),
-            readiness: ([0, 0, 0, 0], 15021).into(),
+            metrics: (Ipv6Addr::UNSPECIFIED, 15020).into(),
+            readiness: (Ipv6Addr::UNSPECIFIED, 15021).into(),
             admin: ([127, 0, 0, 1], 15000).into(),
         }
     }

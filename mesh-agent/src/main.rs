@@ -136,6 +136,15 @@ fn main() -> ExitCode {
     }
 }
 
+/// The last lines are the ones that say why.
+struct FlushAtEnd(logging::LogControl);
+
+impl Drop for FlushAtEnd {
+    fn drop(&mut self) {
+        self.0.flush();
+    }
+}
+
 fn execute(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::CheckConfig { file } => {
@@ -149,6 +158,7 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             let config = run_config(*args)?;
             config.validate()?;
             let logs = logging::init(&cli.log, cli.log_format.into())?;
+            let _flush = FlushAtEnd(logs.clone());
             require_root()?;
             sys::netns::remember_home().context("open the agent's own network namespace")?;
             Ok(lifecycle::run(config, logs)?)
@@ -156,7 +166,7 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
         Command::Uninstall(paths) => {
             let config = path_config(paths)?;
             anyhow::ensure!(!config.node.name.is_empty(), "name the node with --node");
-            logging::init(&cli.log, cli.log_format.into())?;
+            let _flush = FlushAtEnd(logging::init(&cli.log, cli.log_format.into())?);
             require_root()?;
             sys::netns::remember_home().context("open the agent's own network namespace")?;
             Ok(lifecycle::uninstall(&config)?)

@@ -25,8 +25,8 @@ fn a_frozen_reader_stops_its_writer_and_nobody_else() -> Result<()> {
 }
 
 fn frozen_readers(world: &mut World, path: &Path) -> Result<()> {
-    /// Two tunnels with four streams each: a connection window's worth per tunnel.
-    const FROZEN: usize = 8;
+    /// Eight on each of the two tunnels: more than any window of a few streams would have room for.
+    const FROZEN: usize = 16;
     /// A write that cannot go on within this is stopped.
     const STOPPED_AFTER: Duration = Duration::from_secs(2);
     /// The kernels' buffers of all legs (4 MiB to send, 6 MiB to receive, each doubled at most) and the stream window.
@@ -38,6 +38,7 @@ fn frozen_readers(world: &mut World, path: &Path) -> Result<()> {
     const MEMORY_BASE_KIB: u64 = 16 << 10;
 
     let listener = path.listen(world)?;
+    let neighbour = path.pair(world, &listener)?;
     let mut pairs = Vec::new();
     for _ in 0..FROZEN {
         pairs.push(path.pair(world, &listener)?);
@@ -62,12 +63,13 @@ fn frozen_readers(world: &mut World, path: &Path) -> Result<()> {
         path.name
     );
 
-    // Neighbours on the same tunnels go on.
-    let (client, server) = path.pair(world, &listener)?;
-    (&client).write_all(b"hello")?;
-    assert_eq!(look(&server, 5), Seen::Bytes(b"hello".to_vec()));
-    (&server).write_all(b"hello back")?;
-    assert_eq!(look(&client, 10), Seen::Bytes(b"hello back".to_vec()));
+    // Neighbours on the same tunnels go on: one that was there before, and a new one.
+    for (client, server) in [neighbour, path.pair(world, &listener)?] {
+        (&client).write_all(b"hello")?;
+        assert_eq!(look(&server, 5), Seen::Bytes(b"hello".to_vec()));
+        (&server).write_all(b"hello back")?;
+        assert_eq!(look(&client, 10), Seen::Bytes(b"hello back".to_vec()));
+    }
 
     // Thawed, everything that was sent arrives. (Negative control: it had not arrived by itself.)
     for ((client, mut server), sent) in pairs.into_iter().zip(sent) {

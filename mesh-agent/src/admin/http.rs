@@ -1,6 +1,12 @@
 //! The HTTP servers: metrics, readiness, admin. One request per connection, small and in bounded time.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -12,6 +18,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, Socket, Type};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -22,6 +29,8 @@ use super::{AdminAddresses, AdminState};
 
 /// Connections of one server at a time; a scraper needs one, some probes another. Others wait in the backlog.
 pub const CONNECTIONS_MAX: usize = 32;
+/// Connections that wait to be accepted, per server.
+pub const LISTEN_BACKLOG: i32 = 128;
 /// From accepting to the end of the request's head.
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// From accepting to the end of the answer: a scrape over a slow link must fit.
@@ -64,23 +73,18 @@ impl AdminServers {
     /// # Errors
     /// When a port is taken or the address is not this node's.
     pub async fn bind(addresses: AdminAddresses) -> Result<Self, BindError> {
-        let bind = async |purpose, address| {
-            TcpListener::bind(address)
-                .await
-                .map_err(|source| BindError {
-                    purpose,
-                    address,
-                    source,
-                })
+        let bind = |purpose, address| {
+            listen(address).map_err(|source| BindError {
+                purpose,
+                address,
+                source,
+            })
         };
         Ok(Self {
             sites: [
-                (Site::Metrics, bind("metrics", addresses.metrics).await?),
-                (
-                    Site::Readiness,
-                    bind("readiness", addresses.readiness).await?,
-                ),
-                (Site::Admin, bind("admin", addresses.admin).await?),
+                (Site::Metrics, bind("metrics", addresses.metrics)?),
+                (Site::Readiness, bind("readiness", addresses.readiness)?),
+                (Site::Admin, bind("admin", addresses.admin)?),
             ],
         })
     }
@@ -105,6 +109,37 @@ impl AdminServers {
             .map(|(site, listener)| serve(site, listener, state.clone()));
         tokio::join!(a, b, c);
     }
+}
+
+/// Listens on `address`. `[::]` is both families, and IPv4 alone where the node has no IPv6.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let everywhere = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    match listen_on(address, everywhere) {
+        Err(error) if everywhere && without_ipv6(&error) => {
+            listen_on((Ipv4Addr::UNSPECIFIED, address.port()).into(), false)
+        }
+        result => result,
+    }
+}
+
+/// IPv6 is not in the kernel, or switched off (`net.ipv6.conf.all.disable_ipv6`).
+fn without_ipv6(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+    )
+}
+
+fn listen_on(address: SocketAddr, both_families: bool) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    if both_families {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(LISTEN_BACKLOG)?;
+    TcpListener::from_std(socket.into())
 }
 
 async fn serve(site: Site, listener: TcpListener, state: Arc<dyn AdminState>) {

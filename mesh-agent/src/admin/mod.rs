@@ -4,7 +4,7 @@
 //! This module knows no other part of the agent: what it shows comes through [`AdminState`] and
 //! [`local::LocalHandler`].
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 pub mod http;
 pub mod local;
@@ -26,8 +26,8 @@ pub struct AdminAddresses {
 impl Default for AdminAddresses {
     fn default() -> Self {
         Self {
-            metrics: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 15020)),
-            readiness: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 15021)),
+            metrics: SocketAddr::from((Ipv6Addr::UNSPECIFIED, 15020)),
+            readiness: SocketAddr::from((Ipv6Addr::UNSPECIFIED, 15021)),
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 15000)),
         }
     }

@@ -114,6 +114,13 @@ pub fn set_common_options(socket: &Socket) -> io::Result<()> {
     )
 }
 
+/// What accepted sockets inherit from their listener, `TCP_NODELAY` and keepalive among it (net/ipv4/tcp_minisocks.c,
+/// `tcp_create_openreq_child`): a client that vanished must not be held for ever.
+fn set_listener_options(socket: &Socket) -> io::Result<()> {
+    socket.set_reuse_address(true)?;
+    set_common_options(socket)
+}
+
 /// Opens the three listeners of a workload.
 pub(super) fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
     let open = |port| {
@@ -145,11 +152,35 @@ fn open_listener(port: u16) -> io::Result<TcpListener> {
             IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         ),
     };
-    socket.set_reuse_address(true)?;
+    set_listener_options(&socket)?;
     // Captured SYNs have destinations that are not this host's.
     socket::set_transparent(socket.as_fd(), any.is_ipv6())?;
     socket.bind(&SocketAddr::new(any, port).into())?;
     socket.listen(LISTEN_BACKLOG)?;
     socket.set_nonblocking(true)?;
     Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use socket2::SockRef;
+
+    use super::*;
+
+    #[test]
+    fn accepted_sockets_probe_whether_their_peer_is_there() {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).expect("socket");
+        set_listener_options(&socket).expect("allowed");
+        let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+        socket.bind(&loopback.into()).expect("free port");
+        socket.listen(1).expect("bound");
+        let listener = TcpListener::from(socket);
+        let address = listener.local_addr().expect("bound");
+        let _client = std::net::TcpStream::connect(address).expect("listens");
+        let (accepted, _) = listener.accept().expect("one waits");
+        let accepted = SockRef::from(&accepted);
+        assert!(accepted.keepalive().expect("open"));
+        assert_eq!(accepted.tcp_keepalive_time().expect("open"), KEEPALIVE_TIME);
+        assert!(accepted.tcp_nodelay().expect("open"));
+    }
 }

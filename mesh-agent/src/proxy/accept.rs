@@ -1,6 +1,6 @@
 //! Accepting: from a listener to the worker that will carry the connection.
 
-use std::{io, net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
+use std::{io, net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Instant};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -11,8 +11,9 @@ use super::{
     inbound,
     limits::ACCEPT_BACKOFF,
     outbound, relay, unmapped,
-    worker::{Admission, Served, Worker},
+    worker::{Admission, Refused, Served, Worker},
 };
+use crate::telemetry::{CloseReason, ConnectionInfo, Direction, Limit, Party, Security};
 
 /// What a listener is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,8 +56,10 @@ pub(super) async fn listen(
             Ok((socket, peer)) => accepted(&worker, &served, kind, socket, unmapped(peer)),
             Err(error) if belongs_to_one_connection(&error) => {}
             Err(error) => {
-                worker.context.telemetry.limits.reached("accept");
-                tracing::warn!(%error, ?kind, workload = %served.local.name, "cannot accept; pausing");
+                worker.context.telemetry.limits.reached(Limit::Accept);
+                if let Some(held_back) = worker.accept_failures.line(Instant::now()) {
+                    tracing::warn!(%error, ?kind, workload = %served.local.name, held_back, "cannot accept; pausing");
+                }
                 sleep(ACCEPT_BACKOFF).await;
             }
         }
@@ -84,8 +87,9 @@ fn accepted(
     peer: SocketAddr,
 ) {
     let index = worker.shared.worker_for(worker.index);
-    let Ok(admission) = worker.shared.admit(index, served, kind != Kind::Tunnel) else {
-        return relay::reset(socket);
+    let admission = match worker.shared.admit(index, served, kind != Kind::Tunnel) {
+        Ok(admission) => admission,
+        Err(refused) => return refuse(worker, served, kind, socket, peer, refused),
     };
     if index == worker.index {
         return start(worker, kind, socket, peer, admission);
@@ -109,6 +113,48 @@ fn accepted(
     if let Err(accepted) = handed_over {
         adopt(worker, accepted);
     }
+}
+
+/// Resets a connection for which there is no room, and says so in the access log.
+pub(super) fn refuse(
+    worker: &Worker,
+    served: &Served,
+    kind: Kind,
+    socket: TcpStream,
+    peer: SocketAddr,
+    refused: Refused,
+) {
+    let own = socket.local_addr().ok().map(unmapped);
+    relay::reset(socket);
+    let workload = served.local.workload.load_full();
+    let mut local = Party {
+        identity: workload.as_ref().map(|known| known.identity.clone()),
+        workload,
+        address: own,
+    };
+    let mut remote = Party {
+        address: Some(peer),
+        ..Party::default()
+    };
+    if kind == Kind::Outbound {
+        std::mem::swap(&mut local.address, &mut remote.address);
+    }
+    let (direction, source, destination) = match kind {
+        Kind::Outbound => (Direction::Outbound, local, remote),
+        Kind::Plaintext | Kind::Tunnel => (Direction::Inbound, remote, local),
+    };
+    let info = ConnectionInfo {
+        direction,
+        source,
+        destination,
+        service: None,
+        security: match kind {
+            Kind::Tunnel => Security::MutualTls,
+            Kind::Outbound | Kind::Plaintext => Security::None,
+        },
+    };
+    let telemetry = &worker.context.telemetry;
+    telemetry.failed(&info, CloseReason::Limit, &refused);
 }
 
 /// Begins to carry a connection that was accepted elsewhere.

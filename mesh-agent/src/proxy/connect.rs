@@ -1,9 +1,9 @@
 //! How a worker's pool makes tunnels: dial from the workload's namespace, TLS with its certificate, HTTP/2.
 
-use std::{os::fd::AsFd, rc::Rc, sync::Arc, time::Instant};
+use std::{os::fd::AsFd, rc::Rc, sync::Arc};
 
 use rustls::pki_types::ServerName;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
 use super::{
@@ -15,8 +15,11 @@ use super::{
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
     identity::Certified,
-    sys::netns::duplicate,
-    telemetry::{Direction, Telemetry, metrics::TunnelGuard},
+    sys::{
+        netns::duplicate,
+        socket::{SharedStatistics, TcpStatistics},
+    },
+    telemetry::{Direction, Limit, Telemetry, metrics::TunnelGuard},
 };
 
 /// What a tunnel is made from, beside its key.
@@ -53,9 +56,10 @@ impl Dialer {
     }
 
     async fn set_up(&self, key: &PoolKey, source: &Source) -> Result<Tunnel, TunnelError> {
-        let limit = self.limits.time.connect;
-        let dialled = timeout(
-            limit,
+        // For all steps together.
+        let deadline = Instant::now() + self.limits.time.connect;
+        let dialled = timeout_at(
+            deadline,
             dial(
                 &source.local,
                 key.destination,
@@ -72,8 +76,8 @@ impl Dialer {
         let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
         let began = Instant::now();
         let connector = TlsConnector::from(source.certified.client(key.expected.clone()));
-        let shaken = timeout(
-            self.limits.time.handshake,
+        let shaken = timeout_at(
+            deadline.min(began + self.limits.time.handshake),
             connector.connect(self.name.clone(), ReadAhead::new(socket)),
         );
         let stream = shaken
@@ -82,9 +86,13 @@ impl Dialer {
             .map_err(|error| TunnelError::Tls(Arc::new(error)))?;
         self.telemetry
             .observe_handshake(Direction::Outbound, began.elapsed());
-        let client = TunnelClient::handshake(self.codec, stream, &self.limits, measured).await?;
+        let greeted = TunnelClient::handshake(self.codec, stream, &self.limits, measured);
+        let client = timeout_at(deadline, greeted)
+            .await
+            .map_err(|_| TunnelError::TimedOut("take the HTTP/2 preface"))??;
         Ok(Tunnel {
             client,
+            statistics: Rc::default(),
             _open: Rc::new(self.telemetry.tunnels.open(Direction::Outbound)),
         })
     }
@@ -111,7 +119,7 @@ impl Connector for Dialer {
             PoolEvent::Waits => pool.waiting.inc(),
             PoolEvent::WaitsNoMore => pool.waiting.dec(),
             PoolEvent::Evicted(count) => pool.evicted.inc_by(count as u64),
-            PoolEvent::Full => self.telemetry.limits.reached("tunnels_per_key"),
+            PoolEvent::Full => self.telemetry.limits.reached(Limit::TunnelsPerKey),
         }
     }
 
@@ -125,7 +133,17 @@ impl Connector for Dialer {
 pub struct Tunnel {
     /// Its client end.
     pub client: TunnelClient,
+    statistics: Rc<SharedStatistics>,
     _open: Rc<TunnelGuard>,
+}
+
+impl Tunnel {
+    /// What the kernel measured on its TCP connection, retransmissions since the last call.
+    #[must_use]
+    pub fn tcp_statistics(&self) -> Option<TcpStatistics> {
+        let total = self.client.tcp_statistics()?;
+        Some(self.statistics.since_last(total))
+    }
 }
 
 impl Pooled for Tunnel {

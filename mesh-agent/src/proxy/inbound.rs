@@ -5,8 +5,9 @@ use std::{
     collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
     pin::pin,
-    rc::Rc,
+    rc::{Rc, Weak},
     sync::Arc,
     time::Instant,
 };
@@ -20,23 +21,29 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use super::{
-    OWN_PORTS, never_a_destination,
+    OWN_PORTS,
+    accept::{self, Kind},
+    never_a_destination,
     registry::{Judged, Registered},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
     tunnel::{
-        Incoming, TunnelServer, TunnelStream,
+        Incoming, TunnelError, TunnelServer, TunnelStream,
         headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
         transport::{ReadAhead, accept_tls},
     },
     unmapped,
-    worker::{Admission, Served, Worker},
+    worker::{Admission, Refused, Served, Worker},
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
     discovery::model::Workload,
-    identity::peer_identity,
+    identity::{CertificateError, peer_identity},
     policy::{self, Authorized, Decision},
-    telemetry::{CloseReason, ConnectionInfo, Direction, OpenConnection, Party, Security},
+    sys::{
+        netns::duplicate,
+        socket::{SharedStatistics, TcpStatistics, tcp_statistics},
+    },
+    telemetry::{CloseReason, ConnectionInfo, Direction, Limit, OpenConnection, Party, Security},
 };
 
 /// Why an inbound connection was refused.
@@ -61,8 +68,8 @@ pub enum InboundError {
     #[error("the application cannot be reached: {0}")]
     Application(#[source] io::Error),
     /// A limit was reached (503).
-    #[error("too many connections")]
-    Limit,
+    #[error(transparent)]
+    Limit(#[from] Refused),
     /// The client gave up before it was answered.
     #[error("the client gave up")]
     Abandoned,
@@ -79,7 +86,7 @@ impl InboundError {
             Self::NotServed(_)
             | Self::UnknownWorkload
             | Self::Application(_)
-            | Self::Limit
+            | Self::Limit(_)
             | Self::Abandoned
             | Self::Closed(_) => StatusCode::SERVICE_UNAVAILABLE,
         }
@@ -91,7 +98,7 @@ impl InboundError {
             Self::UnknownWorkload => CloseReason::UnknownWorkload,
             Self::Denied { .. } => CloseReason::Denied,
             Self::Application(_) => CloseReason::ConnectFailed,
-            Self::Limit => CloseReason::Limit,
+            Self::Limit(_) => CloseReason::Limit,
             Self::Abandoned => CloseReason::ClientReset,
             Self::Closed(reason) => *reason,
         }
@@ -104,6 +111,17 @@ struct TunnelEnds {
     peer: SocketAddr,
     own: SocketAddr,
     identity: Identity,
+    /// Its socket, for as long as the tunnel is open, for measurements.
+    socket: Weak<OwnedFd>,
+    statistics: Rc<SharedStatistics>,
+}
+
+impl TunnelEnds {
+    /// What the kernel measured on the tunnel's TCP connection, retransmissions since the last call.
+    fn tcp_statistics(&self) -> Option<TcpStatistics> {
+        let total = tcp_statistics(self.socket.upgrade()?.as_fd()).ok()?;
+        Some(self.statistics.since_last(total))
+    }
 }
 
 /// Carries one tunnel from its accept to its end.
@@ -114,24 +132,33 @@ pub(super) async fn serve_tunnel(
     admission: Admission,
 ) {
     let limits = &worker.context.limits.tunnel;
-    let permit = worker
-        .handshakes
-        .enter(peer.ip(), limits.handshakes_per_source);
-    let place = worker.tunnels.enter(peer.ip(), limits.per_source);
-    let (Some(permit), Some(_place)) = (permit, place) else {
-        worker.context.telemetry.limits.reached("per_source");
-        return reset(socket);
-    };
     let served = admission.served().clone();
+    let refuse = |socket, limit| {
+        let refused = worker.shared.refuse(limit);
+        accept::refuse(&worker, &served, Kind::Tunnel, socket, peer, refused);
+    };
+    let most = limits.handshakes_per_source;
+    let Some(permit) = worker.handshakes.enter(peer.ip(), most) else {
+        return refuse(socket, Limit::HandshakesPerSource);
+    };
+    let Some(_place) = worker.tunnels.enter(peer.ip(), limits.per_source) else {
+        return refuse(socket, Limit::TunnelsPerSource);
+    };
     let registered = worker.registry.enter(served.id, None);
     let Ok(own) = socket.local_addr().map(unmapped) else {
         return;
     };
-    let Some((identity, server)) = Box::pin(shake_hands(&worker, &served.local, socket)).await
-    else {
-        let tunnels = &worker.context.telemetry.tunnels;
-        tunnels.failed(Direction::Inbound);
-        return;
+    let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
+    let shaken = Box::pin(shake_hands(&worker, &served.local, socket)).await;
+    let (identity, server) = match shaken {
+        Ok(shaken) => shaken,
+        Err(error) => {
+            worker.context.telemetry.tunnels.failed(Direction::Inbound);
+            if let Some(held_back) = worker.handshake_failures.line(Instant::now()) {
+                tracing::info!(%peer, workload = %served.local.name, %error, held_back, "no tunnel with a client");
+            }
+            return;
+        }
     };
     drop(permit);
     let _open = worker.context.telemetry.tunnels.open(Direction::Inbound);
@@ -143,10 +170,27 @@ pub(super) async fn serve_tunnel(
             peer,
             own,
             identity,
+            socket: measured.as_ref().map(Rc::downgrade).unwrap_or_default(),
+            statistics: Rc::default(),
         },
         server,
     )
     .await;
+}
+
+/// Why a client has no tunnel. Not its fault: the first three; look at this node's connection to the control plane.
+#[derive(Debug, thiserror::Error)]
+enum HandshakeError {
+    #[error("the local workload is not known yet")]
+    UnknownWorkload,
+    #[error("no certificate of our own: {0}")]
+    NoCertificate(#[source] CertificateError),
+    #[error("no certificate of our own in time")]
+    CertificateLate,
+    #[error("the client's certificate names no workload")]
+    NoIdentity,
+    #[error(transparent)]
+    Tunnel(#[from] TunnelError),
 }
 
 type TunnelSocket = TlsStream<ReadAhead<TcpStream>>;
@@ -156,41 +200,42 @@ async fn shake_hands(
     worker: &Worker,
     local: &LocalWorkload,
     socket: TcpStream,
-) -> Option<(Identity, TunnelServer<TunnelSocket>)> {
+) -> Result<(Identity, TunnelServer<TunnelSocket>), HandshakeError> {
     let context = &worker.context;
     let deadline = tokio::time::Instant::now() + context.limits.time.handshake;
     let Some(workload) = local.workload.load_full() else {
-        tracing::debug!(workload = %local.name, "tunnel to a workload that is not known yet");
         reset(socket);
-        return None;
+        return Err(HandshakeError::UnknownWorkload);
     };
     let certified = match timeout_at(deadline, context.certificates.get(&workload.identity)).await {
         Ok(Ok(certified)) => certified,
         Ok(Err(error)) => {
-            tracing::warn!(%error, identity = %workload.identity, "no certificate for an inbound tunnel");
             reset(socket);
-            return None;
+            return Err(HandshakeError::NoCertificate(error));
         }
         Err(_) => {
-            tracing::warn!(identity = %workload.identity, "no certificate in time for an inbound tunnel");
             reset(socket);
-            return None;
+            return Err(HandshakeError::CertificateLate);
         }
     };
     let began = Instant::now();
     let shaken = accept_tls(certified.server.clone(), socket, deadline).await;
-    let stream = shaken
-        .inspect_err(|error| tracing::debug!(%error, "no TLS with a client"))
-        .ok()?;
+    let late = |limit| {
+        move |error: &TunnelError| {
+            if matches!(error, TunnelError::TimedOut(_)) {
+                context.telemetry.limits.reached(limit);
+            }
+        }
+    };
+    let stream = shaken.inspect_err(late(Limit::HandshakeDeadline))?;
     context
         .telemetry
         .observe_handshake(Direction::Inbound, began.elapsed());
-    let identity = peer_identity(stream.get_ref().1.peer_certificates())?;
+    let identity =
+        peer_identity(stream.get_ref().1.peer_certificates()).ok_or(HandshakeError::NoIdentity)?;
     let server = TunnelServer::handshake(context.codec, stream, &context.limits).await;
-    let server = server
-        .inspect_err(|error| tracing::debug!(%error, peer = %identity, "no HTTP/2 on a tunnel"))
-        .ok()?;
-    Some((identity, server))
+    let server = server.inspect_err(late(Limit::FirstFrameDeadline))?;
+    Ok((identity, server))
 }
 
 async fn serve_streams(
@@ -238,8 +283,14 @@ async fn serve_connect(
     ends: Rc<TunnelEnds>,
     incoming: Incoming,
 ) {
-    let Ok(_admission) = worker.shared.admit(worker.index, &served, true) else {
-        return incoming.refuse(InboundError::Limit.status());
+    let _admission = match worker.shared.admit(worker.index, &served, true) {
+        Ok(admission) => admission,
+        Err(refused) => {
+            let info = Guest::of_tunnel(&worker, &served, &ends).info();
+            let (telemetry, error) = (&worker.context.telemetry, InboundError::from(refused));
+            telemetry.failed(&info, error.reason(), &error);
+            return incoming.refuse(error.status());
+        }
     };
     // Boxed, so that an established connection does not carry what only its beginning needs.
     let Some(connected) = Box::pin(answer_connect(&worker, &served, &ends, incoming)).await else {
@@ -253,6 +304,9 @@ async fn serve_connect(
     } = connected;
     let idle = worker.context.limits.time.half_close_idle;
     let end = relay_tunnel(app, stream, &InboundMeter(&open), registered.signal(), idle).await;
+    if let Some(statistics) = ends.tcp_statistics() {
+        open.observe_tcp(statistics);
+    }
     open.finish(close_reason(end));
 }
 
@@ -272,16 +326,7 @@ async fn answer_connect(
     mut incoming: Incoming,
 ) -> Option<Connected> {
     let began = Instant::now();
-    let mut guest = Guest {
-        worker,
-        served,
-        peer: Some(ends.identity.clone()),
-        client: ends.peer,
-        workload: served.local.workload.load_full(),
-        destination: None,
-        service: None,
-        security: Security::MutualTls,
-    };
+    let mut guest = Guest::of_tunnel(worker, served, ends);
     guest.service = guest.service_of(&incoming.request.headers);
     let trace = TraceParent::from_headers(&incoming.request.headers)
         .unwrap_or_else(|| TraceParent::random(&mut rand::rng()));
@@ -408,6 +453,12 @@ impl Meter for InboundMeter<'_> {
     fn far_to_near(&self, bytes: usize) {
         self.0.add_sent(bytes as u64);
     }
+
+    fn ended(&self, far: Option<&TcpStream>) {
+        if let Some(Ok(statistics)) = far.map(|far| tcp_statistics(far.as_fd())) {
+            self.0.observe_tcp(statistics);
+        }
+    }
 }
 
 fn authority_of(incoming: &Incoming) -> String {
@@ -439,7 +490,20 @@ struct Guest<'a> {
     security: Security,
 }
 
-impl Guest<'_> {
+impl<'a> Guest<'a> {
+    fn of_tunnel(worker: &'a Rc<Worker>, served: &'a Arc<Served>, ends: &TunnelEnds) -> Self {
+        Self {
+            worker,
+            served,
+            peer: Some(ends.identity.clone()),
+            client: ends.peer,
+            workload: served.local.workload.load_full(),
+            destination: None,
+            service: None,
+            security: Security::MutualTls,
+        }
+    }
+
     /// Resolves the destination, asks policy, and dials the application.
     async fn admit(&mut self, target: Target<'_>) -> Result<(TcpStream, Registered), InboundError> {
         let local = &self.served.local;

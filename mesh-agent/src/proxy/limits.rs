@@ -37,12 +37,25 @@ pub struct TunnelLimits {
     pub handshakes_per_source: usize,
 }
 
+impl TunnelLimits {
+    /// The connection window to grant a peer that may have `streams` open: a window for each. The `h2` crate gives
+    /// connection credit back only for bytes that the application took, so with less, streams whose readers stopped
+    /// would hold the credit of all others. What a tunnel may hold is bounded by its streams.
+    #[must_use]
+    pub fn connection_window(streams: u32) -> u32 {
+        streams
+            .saturating_mul(STREAM_WINDOW_BYTES)
+            .clamp(STREAM_WINDOW_BYTES, WINDOW_MAX_BYTES)
+    }
+}
+
 /// Deadlines and periods.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TimeLimits {
-    /// TCP connect, tunnel set-up and the answer to CONNECT, each.
+    /// From an application's connect to its upstream being ready, everything included: TCP, TLS, the answer to CONNECT,
+    /// and another endpoint. Also for setting up a tunnel, and for dialling a local application.
     pub connect: Duration,
-    /// A TLS handshake, including getting the certificate.
+    /// A TLS handshake, including getting the certificate; no longer than what is left of `connect`.
     pub handshake: Duration,
     /// From the end of the handshake to the client's HTTP/2 preface.
     pub first_frame: Duration,
@@ -63,10 +76,11 @@ pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// Below this the node would be of no use; a process with fewer descriptors is told so by `weft check`.
 pub const MIN_CONNECTIONS_PER_NODE: usize = 64;
 
-/// HTTP/2 stream window, 4 MiB: what Istio's ztunnel uses; 10 Gbit/s at 3 ms.
+/// HTTP/2 stream window, 4 MiB: what Istio's ztunnel uses; 10 Gbit/s at 3 ms. It is the byte budget of one stream: a
+/// reader that stops holds no more, which is less than the kernel's own receive buffer would (6 MiB, `tcp_rmem`).
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-/// HTTP/2 connection window, 16 MiB: four stream windows, so that one stalled stream leaves room for others.
-pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// Largest window of a connection or stream (RFC 9113 section 6.9.1).
+pub const WINDOW_MAX_BYTES: u32 = (1 << 31) - 1;
 /// Largest frame we accept, 1 MiB: 16 KiB frames cost the `h2` crate a quarter of its throughput (measured).
 pub const MAX_FRAME_BYTES: u32 = 1 << 20;
 /// Bytes of one stream that wait inside the codec to be sent: two large reads, so that one is encrypted while the
@@ -87,10 +101,14 @@ pub const MAX_LOCAL_ERROR_RESETS: usize = 1024;
 /// Pause of an accept loop after the system refused (descriptors or memory): long enough not to spin, short enough
 /// that accepting resumes well within a second.
 pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+/// Least time between two log lines of one worker about failures that strangers, or the system, can cause at any rate.
+pub const FAILURE_LINES: Duration = Duration::from_secs(1);
 /// Accepted sockets that wait for another worker; when it is full they stay where they were accepted.
 pub const HANDOVER_QUEUE: usize = 1024;
 /// Orders (listen, close) that wait for a worker.
 pub const ORDER_QUEUE: usize = 4096;
+/// Pause before a worker's task that panicked is begun anew: a bug that comes back at once must not spin.
+pub const RESTART_PAUSE: Duration = Duration::from_millis(100);
 /// How often a worker looks for idle and dead tunnels.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// Shortest time between two evaluations of all live connections: policy edits come in bursts, and a second is
@@ -164,7 +182,11 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_window_is_a_quarter_of_the_connection_window() {
-        assert_eq!(STREAM_WINDOW_BYTES * 4, CONNECTION_WINDOW_BYTES);
+    fn every_stream_has_a_window_of_its_own() {
+        let streams = Limits::default().tunnel.server_streams;
+        let window = TunnelLimits::connection_window(streams);
+        assert_eq!(window / STREAM_WINDOW_BYTES, streams);
+        assert_eq!(TunnelLimits::connection_window(0), STREAM_WINDOW_BYTES);
+        assert_eq!(TunnelLimits::connection_window(u32::MAX), WINDOW_MAX_BYTES);
     }
 }

@@ -9,7 +9,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use crate::{
     capture::{LocalWorkload, OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT, Verdicts},
-    discovery::Mesh,
+    discovery::{Mesh, model::Workload},
     identity::Certificates,
     policy::{self, Connection, Decision},
     telemetry::Telemetry,
@@ -65,6 +65,21 @@ impl ProxyContext {
         let workload = state.local_workload(&self.node, &local.namespace, &local.name)?;
         Some(policy::authorize(&state, &workload, connection))
     }
+
+    /// The mesh's generation and what is then known of a local workload, or something newer. What is decided by it may
+    /// be remembered under that generation: whatever changes later makes another. ([`LocalWorkload::workload`] is
+    /// brought up to date only after the generation has changed.)
+    pub(crate) fn source(&self, local: &LocalWorkload) -> (u64, Option<Arc<Workload>>) {
+        source_in(&self.mesh, &self.node, local)
+    }
+}
+
+fn source_in(mesh: &Mesh, node: &str, local: &LocalWorkload) -> (u64, Option<Arc<Workload>>) {
+    let generation = *mesh.generation().borrow();
+    let workload = mesh
+        .read()
+        .local_workload(node, &local.namespace, &local.name);
+    (generation, workload)
 }
 
 /// The canonical form of an address: dual-stack listeners see IPv4 peers as `::ffff:a.b.c.d` (RFC 4291 section
@@ -80,4 +95,34 @@ pub fn unmapped(address: std::net::SocketAddr) -> std::net::SocketAddr {
 pub fn never_a_destination(address: IpAddr) -> bool {
     let address = address.to_canonical();
     address.is_loopback() || address.is_unspecified() || address.is_multicast()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        discovery::tests::{Put, pod},
+        sys::netns::Netns,
+    };
+
+    #[test]
+    fn the_source_is_no_older_than_the_generation_that_verdicts_are_remembered_under() {
+        let (mut writer, mesh) = Mesh::channel("");
+        let local = LocalWorkload {
+            namespace: "shop".into(),
+            name: "web".into(),
+            netns: Arc::new(
+                Netns::open(std::path::Path::new("/proc/self/ns/net")).expect("own namespace"),
+            ),
+            addresses: Vec::new(),
+            workload: Default::default(),
+            connections: Default::default(),
+        };
+        assert_eq!(source_in(&mesh, "n1", &local), (0, None));
+        writer.apply(vec![pod("web", "10.1.0.4").update()]);
+        // Nobody has brought `local.workload` up to date yet.
+        let (generation, source) = source_in(&mesh, "n1", &local);
+        assert_eq!(generation, 1);
+        assert!(source.is_some_and(|source| *source.name == *"web"));
+    }
 }

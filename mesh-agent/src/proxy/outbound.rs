@@ -3,6 +3,7 @@
 use std::{
     io,
     net::SocketAddr,
+    os::fd::AsFd,
     pin::pin,
     rc::Rc,
     sync::Arc,
@@ -11,7 +12,10 @@ use std::{
 
 use http::{HeaderMap, StatusCode};
 use mesh_api::names::NamespacedName;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::TcpStream,
+    time::{self, timeout, timeout_at},
+};
 
 use super::{
     OWN_PORTS,
@@ -174,15 +178,12 @@ pub(super) async fn serve(
     let end = match upstream {
         Upstream::Tunnel(stream, lease) => {
             let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
-            if let Some(statistics) = lease.tunnel().client.tcp_statistics() {
+            if let Some(statistics) = lease.tunnel().tcp_statistics() {
                 open.observe_tcp(statistics);
             }
             end
         }
         Upstream::Plain(upstream) => {
-            if let Ok(statistics) = tcp_statistics(std::os::fd::AsFd::as_fd(&upstream)) {
-                open.observe_tcp(statistics);
-            }
             relay_tcp(app, upstream, &meter, registered.signal(), idle).await
         }
     };
@@ -209,6 +210,12 @@ impl Meter for OutboundMeter<'_> {
     fn far_to_near(&self, bytes: usize) {
         self.0.add_received(bytes as u64);
     }
+
+    fn ended(&self, far: Option<&TcpStream>) {
+        if let Some(Ok(statistics)) = far.map(|far| tcp_statistics(far.as_fd())) {
+            self.0.observe_tcp(statistics);
+        }
+    }
 }
 
 /// What the kernel may be told once the outcome is known.
@@ -228,7 +235,9 @@ struct Attempt<'a> {
     local: &'a Arc<LocalWorkload>,
     client: SocketAddr,
     destination: SocketAddr,
-    /// Read before anything was decided: what is learnt holds for it only.
+    /// When it has failed, however far it has come.
+    deadline: time::Instant,
+    /// That of `source`, or an older one: what is learnt holds for it only.
     generation: u64,
     source: Option<Arc<Workload>>,
     service: Option<Arc<Service>>,
@@ -247,13 +256,15 @@ impl<'a> Attempt<'a> {
         client: SocketAddr,
         destination: SocketAddr,
     ) -> Self {
+        let (generation, source) = worker.context.source(local);
         Self {
             worker,
             local,
             client,
             destination,
-            generation: worker.generation(),
-            source: local.workload.load_full(),
+            deadline: time::Instant::now() + worker.context.limits.time.connect,
+            generation,
+            source,
             service: None,
             endpoint: None,
             single: false,
@@ -278,7 +289,7 @@ impl<'a> Attempt<'a> {
         match route {
             Route::Passthrough => {
                 self.lesson = Lesson::Outside;
-                self.plain(self.destination).await
+                self.plain(self.destination, self.deadline).await
             }
             Route::NoEndpoint { service } => {
                 self.service = Some(service);
@@ -291,7 +302,7 @@ impl<'a> Attempt<'a> {
             Route::Workload(endpoint) => {
                 self.single = true;
                 self.lesson = Lesson::SameNode;
-                self.reach_endpoint(&source, endpoint).await
+                self.reach_endpoint(&source, endpoint, self.deadline).await
             }
             Route::Service { service, endpoints } => {
                 self.single = endpoints.len() == 1;
@@ -308,13 +319,15 @@ impl<'a> Attempt<'a> {
     ) -> Result<Upstream, OutboundError> {
         let mut exclude = None;
         let mut last = OutboundError::NoEndpoint;
-        for _ in 0..ENDPOINT_ATTEMPTS {
+        for left in (1..=ENDPOINT_ATTEMPTS.min(endpoints.len())).rev() {
             let Some(endpoint) = self.choose(endpoints, exclude) else {
                 break;
             };
             let in_flight = InFlight::start(self.worker, endpoint.address);
             let began = Instant::now();
-            match self.reach_endpoint(source, endpoint.clone()).await {
+            let deadline = share_of(time::Instant::now(), self.deadline, left);
+            let reached = self.reach_endpoint(source, endpoint.clone(), deadline);
+            match reached.await {
                 Ok(upstream) => {
                     in_flight.connected(began.elapsed());
                     self.in_flight = Some(in_flight);
@@ -346,17 +359,24 @@ impl<'a> Attempt<'a> {
         &mut self,
         source: &Workload,
         endpoint: Endpoint,
+        deadline: time::Instant,
     ) -> Result<Upstream, OutboundError> {
         self.endpoint = Some(endpoint.clone());
         match endpoint.workload.tunnel {
-            Tunnel::None => self.plain(endpoint.address).await,
-            Tunnel::Hbone => self.through_tunnel(source, &endpoint).await,
+            Tunnel::None => self.plain(endpoint.address, deadline).await,
+            Tunnel::Hbone => timeout_at(deadline, self.through_tunnel(source, &endpoint))
+                .await
+                .unwrap_or(Err(OutboundError::TimedOut(endpoint.address))),
         }
     }
 
-    async fn plain(&self, destination: SocketAddr) -> Result<Upstream, OutboundError> {
-        let limit = self.worker.context.limits.time.connect;
-        match timeout(limit, dial(self.local, destination, DialOptions::default())).await {
+    async fn plain(
+        &self,
+        destination: SocketAddr,
+        deadline: time::Instant,
+    ) -> Result<Upstream, OutboundError> {
+        let dialled = dial(self.local, destination, DialOptions::default());
+        match timeout_at(deadline, dialled).await {
             Ok(Ok(socket)) => Ok(Upstream::Plain(socket)),
             Ok(Err(error)) => Err(OutboundError::Dial(destination, error)),
             Err(_) => Err(OutboundError::TimedOut(destination)),
@@ -389,11 +409,10 @@ impl<'a> Attempt<'a> {
             certified,
         };
         let request = self.request(source, endpoint);
-        let limit: Duration = self.worker.context.limits.time.connect;
         let mut last = TunnelError::NotTaken;
         for _ in 0..TUNNEL_ATTEMPTS {
             let lease = self.worker.pool.lease(&key, &context).await?;
-            match open_stream(&lease, request.clone(), limit, !self.single).await {
+            match open_stream(&lease, request.clone(), !self.single).await {
                 Ok((stream, _)) => return Ok(Upstream::Tunnel(stream, lease)),
                 Err(error @ TunnelError::NotTaken) => last = error,
                 // The tunnel had died unnoticed: no byte was passed on, so a new one may try.
@@ -512,11 +531,16 @@ impl<'a> Attempt<'a> {
     }
 }
 
-/// Opens a stream. Where there are other endpoints, a tunnel whose peer is silent is retired and not waited for.
+/// Until when the next endpoint may be tried: with `left` of them to go, each gets an equal part of the time.
+fn share_of(now: time::Instant, deadline: time::Instant, left: usize) -> time::Instant {
+    let parts = u32::try_from(left.max(1)).unwrap_or(u32::MAX);
+    now + deadline.saturating_duration_since(now) / parts
+}
+
+/// Opens a stream; the caller has a deadline. Where there are other endpoints, a tunnel whose peer is silent is retired and not waited for.
 async fn open_stream(
     lease: &Lease<Dialer>,
     request: ConnectRequest,
-    limit: Duration,
     others: bool,
 ) -> Result<(TunnelStream, HeaderMap), TunnelError> {
     let client = &lease.tunnel().client;
@@ -529,9 +553,7 @@ async fn open_stream(
         lease.retire();
         return Err(TunnelError::TimedOut("acknowledge CONNECT"));
     }
-    timeout(limit.saturating_sub(SILENCE_MAX), open)
-        .await
-        .unwrap_or(Err(TunnelError::TimedOut("answer CONNECT")))
+    open.await
 }
 
 fn kernel_eligible(source: &Workload, destination: &Workload, node: &str) -> bool {
@@ -615,6 +637,21 @@ mod tests {
             ..good
         };
         assert!(!kernel_eligible(&source, &host, "node-a"), "host network");
+    }
+
+    #[test]
+    fn an_endpoint_that_says_nothing_leaves_time_for_another() {
+        let now = time::Instant::now();
+        let deadline = now + Duration::from_secs(10);
+        let first = share_of(now, deadline, 2);
+        assert_eq!(first, now + Duration::from_secs(5));
+        assert_eq!(
+            share_of(first, deadline, 1),
+            deadline,
+            "the last has the rest"
+        );
+        let late = deadline + Duration::from_secs(1);
+        assert_eq!(share_of(late, deadline, 1), late, "over at once");
     }
 
     #[test]

@@ -17,8 +17,10 @@ use std::{
 };
 
 use futures::FutureExt;
+use mesh_api::names::NamespacedName;
+use prometheus::IntCounter;
 use tokio::{
-    sync::{Notify, mpsc, watch},
+    sync::{Notify, mpsc},
     task::LocalSet,
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
@@ -30,7 +32,8 @@ use super::{
     balance::{BalanceLimits, Balancer},
     connect::Dialer,
     limits::{
-        HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE, SWEEP_INTERVAL,
+        FAILURE_LINES, HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
+        RESTART_PAUSE, SWEEP_INTERVAL,
     },
     pool::Pool,
     registry::Registry,
@@ -38,7 +41,7 @@ use super::{
 use crate::{
     capture::{ConnectionGuard, Listeners, LocalWorkload},
     policy::Decision,
-    telemetry::{CloseReason, Telemetry},
+    telemetry::{CloseReason, Limit, Telemetry, seldom::Seldom},
 };
 
 /// After the drain deadline connections are told to end; this is how long they have for it.
@@ -325,10 +328,10 @@ impl Shared {
             .mailboxes
             .get(index)
             .ok_or(WorkerError::NoOrders(index))?;
-        mailbox
-            .orders
-            .try_send(order)
-            .map_err(|_| WorkerError::NoOrders(index))
+        mailbox.orders.try_send(order).map_err(|_| {
+            self.telemetry.limits.reached(Limit::OrderQueue);
+            WorkerError::NoOrders(index)
+        })
     }
 
     fn close(&self, served: Option<u64>, reason: CloseReason) {
@@ -361,9 +364,18 @@ impl Shared {
             .sockets
             .try_send(accepted)
             .map_err(|error| match error {
-                mpsc::error::TrySendError::Full(accepted)
-                | mpsc::error::TrySendError::Closed(accepted) => accepted,
+                mpsc::error::TrySendError::Full(accepted) => {
+                    self.telemetry.limits.reached(Limit::HandoverQueue);
+                    accepted
+                }
+                mpsc::error::TrySendError::Closed(accepted) => accepted,
             })
+    }
+
+    /// Counts that a limit is reached.
+    pub fn refuse(&self, limit: Limit) -> Refused {
+        self.telemetry.limits.reached(limit);
+        Refused(limit)
     }
 
     /// Counts a connection on worker `index` against every limit. `application` is false for a tunnel, whose streams
@@ -375,13 +387,11 @@ impl Shared {
         application: bool,
     ) -> Result<Admission, Refused> {
         if self.total.load(Ordering::Relaxed) >= self.limits.connections_per_node {
-            self.telemetry.limits.reached("connections_per_node");
-            return Err(Refused);
+            return Err(self.refuse(Limit::ConnectionsPerNode));
         }
         let open = served.local.connections.load(Ordering::Relaxed);
         if application && open >= self.limits.connections_per_workload {
-            self.telemetry.limits.reached("connections_per_workload");
-            return Err(Refused);
+            return Err(self.refuse(Limit::ConnectionsPerWorkload));
         }
         self.total.fetch_add(1, Ordering::AcqRel);
         served.live.fetch_add(1, Ordering::AcqRel);
@@ -397,8 +407,9 @@ impl Shared {
 }
 
 /// A limit was reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Refused;
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("limit {} is reached", .0.name())]
+pub struct Refused(Limit);
 
 /// Stays where it is unless the least loaded worker has two connections less, and an eighth.
 fn less_loaded(own: usize, loads: impl Iterator<Item = usize>) -> usize {
@@ -455,17 +466,13 @@ pub(super) struct Worker {
     pub pool: Rc<Pool<Dialer>>,
     pub registry: Rc<Registry>,
     pub balancer: RefCell<Balancer>,
-    pub generation: watch::Receiver<u64>,
     pub handshakes: SourceCounts,
     pub tunnels: SourceCounts,
+    pub accept_failures: Seldom,
+    pub handshake_failures: Seldom,
 }
 
 impl Worker {
-    /// The mesh's generation now: read it before deciding what will be remembered under it.
-    pub fn generation(&self) -> u64 {
-        *self.generation.borrow()
-    }
-
     /// Runs a connection as a task of its own; a panic costs that connection only.
     pub fn spawn(&self, connection: impl Future<Output = ()> + 'static) {
         let telemetry = self.context.telemetry.clone();
@@ -491,14 +498,22 @@ async fn run(
         pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
         registry: Rc::new(Registry::default()),
         balancer: RefCell::new(Balancer::new(rand::random(), BalanceLimits::default())),
-        generation: context.mesh.generation(),
         handshakes: SourceCounts::default(),
         tunnels: SourceCounts::default(),
+        accept_failures: Seldom::every(FAILURE_LINES),
+        handshake_failures: Seldom::every(FAILURE_LINES),
         context,
         shared,
     });
-    tokio::task::spawn_local(sweep(worker.clone()));
-    tokio::task::spawn_local(reevaluate(worker.clone()));
+    let panics = &worker.context.telemetry.agent.panics;
+    let own = worker.clone();
+    tokio::task::spawn_local(supervise("sweep", panics.clone(), move || {
+        sweep(own.clone())
+    }));
+    let own = worker.clone();
+    tokio::task::spawn_local(supervise("reevaluate", panics.clone(), move || {
+        reevaluate(own.clone())
+    }));
     loop {
         tokio::select! {
             Some(accepted) = sockets.recv() => accept::adopt(&worker, accepted),
@@ -513,6 +528,22 @@ async fn run(
     }
 }
 
+/// Runs a task that the worker cannot do without; a panic is counted, and it is begun anew.
+async fn supervise<F: Future<Output = ()>>(
+    name: &'static str,
+    panics: IntCounter,
+    mut task: impl FnMut() -> F,
+) {
+    while AssertUnwindSafe(task()).catch_unwind().await.is_err() {
+        panics.inc();
+        tracing::error!(
+            name,
+            "a task of a worker ended in a panic and is begun anew"
+        );
+        sleep(RESTART_PAUSE).await;
+    }
+}
+
 async fn sweep(worker: Rc<Worker>) {
     let mut ticks = interval(SWEEP_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -522,16 +553,16 @@ async fn sweep(worker: Rc<Worker>) {
     }
 }
 
-/// Asks policy again about every live inbound connection whenever the mesh has changed.
+/// Asks policy again about every live inbound connection whenever the mesh has changed, and at the beginning: what the
+/// task was at when it panicked is done again.
 async fn reevaluate(worker: Rc<Worker>) {
     let mut generation = worker.context.mesh.generation();
-    while generation.changed().await.is_ok() {
+    loop {
         generation.borrow_and_update();
         for batch in worker.registry.judged().chunks(REEVALUATION_BATCH) {
             for (id, judged) in batch {
-                // A workload that discovery has lost sight of cannot be judged anew: its end comes by un-enrolment.
                 let decision = worker.context.judge(&judged.local, &judged.connection);
-                if let Some(Decision::Denied { policy, .. }) = decision {
+                if let Some(policy) = forbids(decision) {
                     tracing::info!(peer = ?judged.connection.peer, ?policy, "connection is no longer allowed");
                     worker.registry.close_one(*id, CloseReason::Revoked);
                 }
@@ -539,6 +570,19 @@ async fn reevaluate(worker: Rc<Worker>) {
             tokio::task::yield_now().await;
         }
         sleep(REEVALUATION_PAUSE).await;
+        if generation.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Whether a live connection must end, and by which policy. No decision, because discovery has lost sight of the
+/// workload, is a denial as for new connections: unknown means deny.
+fn forbids(decision: Option<Decision>) -> Option<Option<NamespacedName>> {
+    match decision {
+        Some(Decision::Allowed(_)) => None,
+        Some(Decision::Denied { policy, .. }) => Some(policy),
+        None => Some(None),
     }
 }
 
@@ -584,6 +628,24 @@ impl Drop for SourceCount {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_panics_is_counted_and_begun_anew() {
+        let panics = IntCounter::new("panics", "of tasks").expect("a valid name");
+        let mut begun = 0;
+        let supervised = supervise("test", panics.clone(), || {
+            begun += 1;
+            let fails = begun <= 2;
+            async move { assert!(!fails, "a bug") }
+        });
+        supervised.await;
+        assert_eq!((begun, panics.get()), (3, 2));
+    }
+
+    #[test]
+    fn a_live_connection_of_an_unknown_workload_must_end() {
+        assert_eq!(forbids(None), Some(None));
+    }
 
     #[test]
     fn a_connection_stays_unless_another_worker_is_clearly_less_loaded() {

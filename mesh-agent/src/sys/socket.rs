@@ -1,6 +1,7 @@
 //! Socket options that `socket2` and `nix` do not name.
 
 use std::{
+    cell::Cell,
     io,
     mem::{MaybeUninit, size_of},
     os::fd::{AsRawFd, BorrowedFd},
@@ -23,6 +24,25 @@ pub struct TcpStatistics {
     pub rtt_us: u32,
     /// Segments sent again since the connection began.
     pub retransmits: u32,
+}
+
+/// Tells the users of a shared connection apart what it measured: each segment sent again counts for one of them, the
+/// first to ask afterwards.
+#[derive(Debug, Default)]
+pub struct SharedStatistics {
+    told: Cell<u32>,
+}
+
+impl SharedStatistics {
+    /// `total` with the retransmissions that nobody was told of yet.
+    #[must_use]
+    pub fn since_last(&self, total: TcpStatistics) -> TcpStatistics {
+        let before = self.told.replace(self.told.get().max(total.retransmits));
+        TcpStatistics {
+            retransmits: total.retransmits.saturating_sub(before),
+            ..total
+        }
+    }
 }
 
 /// Cookie of the namespace that the socket belongs to.
@@ -165,4 +185,24 @@ fn get<T: Copy>(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -
     }
     // SAFETY: the callers use integers and `tcp_info`, for which zeroes, overwritten in part, are valid.
     Ok(unsafe { value.assume_init() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_segment_sent_again_counts_for_one_user_of_a_shared_connection() {
+        let shared = SharedStatistics::default();
+        let ask = |retransmits| {
+            let total = TcpStatistics {
+                rtt_us: 70,
+                retransmits,
+            };
+            shared.since_last(total)
+        };
+        let told: Vec<u32> = [3, 3, 5, 4, 6].map(|total| ask(total).retransmits).to_vec();
+        assert_eq!(told, [3, 0, 2, 0, 1]);
+        assert_eq!(ask(6).rtt_us, 70, "the round-trip time is everybody's");
+    }
 }

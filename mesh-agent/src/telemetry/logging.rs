@@ -1,10 +1,35 @@
-//! Structured logs to standard error, with a filter that can be changed while running.
+//! Structured logs to standard error, with a filter that can be changed while running. Nobody who logs waits for
+//! whoever reads them: see [`log_queue`](super::log_queue).
 
-use std::io::IsTerminal as _;
+use std::{
+    io::{self, IsTerminal as _},
+    sync::LazyLock,
+    time::Duration,
+};
 
+use prometheus::IntCounter;
 use tracing_subscriber::{
     EnvFilter, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt,
 };
+
+use super::log_queue::LogQueue;
+
+/// Lines that were lost. One per process, as is the log.
+static DROPPED: LazyLock<IntCounter> = LazyLock::new(|| {
+    IntCounter::new(
+        "weft_log_lines_dropped_total",
+        "Log lines lost because standard error took them too slowly",
+    )
+    .expect("a constant name")
+});
+
+/// How long an ending process waits for its last lines to be written.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The counter of lost lines, for the metrics.
+pub(super) fn dropped_lines() -> IntCounter {
+    DROPPED.clone()
+}
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +47,7 @@ pub const FILTER_MAX_BYTES: usize = 1024;
 #[derive(Debug, Clone)]
 pub struct LogControl {
     handle: reload::Handle<EnvFilter, Registry>,
+    queue: LogQueue,
 }
 
 /// Why logging cannot be set up or changed.
@@ -40,6 +66,9 @@ pub enum LogError {
         /// What the parser says.
         source: tracing_subscriber::filter::ParseError,
     },
+    /// The thread that writes cannot be started. Look at the process limits.
+    #[error("cannot start the thread that writes logs: {0}")]
+    Thread(#[source] io::Error),
     /// The process already logs.
     #[error("logging is already set up: {0}")]
     Twice(#[from] tracing_subscriber::util::TryInitError),
@@ -61,19 +90,20 @@ fn parse(filter: &str) -> Result<EnvFilter, LogError> {
 /// Makes this process log to standard error through `filter`. Once per process.
 ///
 /// # Errors
-/// When the filter is malformed or logging was set up before.
+/// When the filter is malformed, logging was set up before, or there is no thread to be had.
 pub fn init(filter: &str, format: Format) -> Result<LogControl, LogError> {
     let (filter, handle) = reload::Layer::new(parse(filter)?);
     // Colours are for a person in front of a terminal, not for a file or a log collector.
+    let queue = LogQueue::start(io::stderr(), dropped_lines()).map_err(LogError::Thread)?;
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_writer(queue.clone())
+        .with_ansi(io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(filter);
     match format {
         Format::Text => registry.with(lines).try_init()?,
         Format::Json => registry.with(lines.json().flatten_event(true)).try_init()?,
     }
-    Ok(LogControl { handle })
+    Ok(LogControl { handle, queue })
 }
 
 impl LogControl {
@@ -91,6 +121,11 @@ impl LogControl {
     /// When the filter is malformed.
     pub fn set_filter(&self, filter: &str) -> Result<(), LogError> {
         Ok(self.handle.reload(parse(filter)?)?)
+    }
+
+    /// Waits, not for long, until what was logged has been written: for the end of the process.
+    pub fn flush(&self) {
+        self.queue.flush(FLUSH_PATIENCE);
     }
 }
 

@@ -223,6 +223,64 @@ impl CertificateMetrics {
     }
 }
 
+/// Limits whose being reached is counted. The names are label values of `weft_limit_reached_total`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// The system has no descriptors or memory for another accepted socket.
+    Accept,
+    /// Connections of the node.
+    ConnectionsPerNode,
+    /// Connections of one workload.
+    ConnectionsPerWorkload,
+    /// TLS handshakes in flight with one source address.
+    HandshakesPerSource,
+    /// Tunnels from one source address.
+    TunnelsPerSource,
+    /// Tunnels to one peer for one workload.
+    TunnelsPerKey,
+    /// Accepted sockets that wait for another worker; they stay where they are.
+    HandoverQueue,
+    /// Orders that wait for a worker.
+    OrderQueue,
+    /// Time for a client's TLS handshake.
+    HandshakeDeadline,
+    /// Time for a client's HTTP/2 preface.
+    FirstFrameDeadline,
+}
+
+impl Limit {
+    /// Every limit.
+    pub const ALL: [Self; 10] = [
+        Self::Accept,
+        Self::ConnectionsPerNode,
+        Self::ConnectionsPerWorkload,
+        Self::HandshakesPerSource,
+        Self::TunnelsPerSource,
+        Self::TunnelsPerKey,
+        Self::HandoverQueue,
+        Self::OrderQueue,
+        Self::HandshakeDeadline,
+        Self::FirstFrameDeadline,
+    ];
+
+    /// The label value.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Accept => "accept",
+            Self::ConnectionsPerNode => "connections_per_node",
+            Self::ConnectionsPerWorkload => "connections_per_workload",
+            Self::HandshakesPerSource => "handshakes_per_source",
+            Self::TunnelsPerSource => "tunnels_per_source",
+            Self::TunnelsPerKey => "tunnels_per_key",
+            Self::HandoverQueue => "handover_queue",
+            Self::OrderQueue => "order_queue",
+            Self::HandshakeDeadline => "handshake_deadline",
+            Self::FirstFrameDeadline => "first_frame_deadline",
+        }
+    }
+}
+
 /// Limits that were reached.
 #[derive(Debug)]
 pub struct LimitMetrics(IntCounterVec);
@@ -237,9 +295,9 @@ impl LimitMetrics {
         ))
     }
 
-    /// Counts that `limit` was reached; the name is a constant of the code.
-    pub fn reached(&self, limit: &'static str) {
-        self.0.with_label_values(&[limit]).inc();
+    /// Counts that `limit` was reached.
+    pub fn reached(&self, limit: Limit) {
+        self.0.with_label_values(&[limit.name()]).inc();
     }
 }
 

@@ -20,11 +20,14 @@ use crate::{discovery::model::Workload, sys::socket::TcpStatistics};
 
 mod access;
 mod edges;
+pub mod log_queue;
 pub mod logging;
 pub mod metrics;
+pub mod seldom;
 
 pub use edges::{EDGE_IDLE, EDGES_MAX};
 use edges::{EdgeCounters, Edges};
+pub use metrics::Limit;
 use metrics::{
     AgentMetrics, CaptureMetrics, CertificateMetrics, LimitMetrics, PolicyMetrics, PoolMetrics,
     TunnelMetrics, XdsMetrics,
@@ -235,6 +238,7 @@ impl Telemetry {
         let registry = Registry::new();
         let edges = Arc::new(Edges::new(edges_max));
         metrics::register(&registry, edges::Collect(edges.clone()));
+        metrics::register(&registry, logging::dropped_lines());
         metrics::build_info(&registry, version);
         Arc::new(Self {
             edges,
@@ -381,8 +385,8 @@ impl OpenConnection {
         self.edge.add_received(bytes);
     }
 
-    /// What the kernel measured on one leg. Retransmissions are totals of the connection: of repeated reports only the
-    /// growth counts.
+    /// What the kernel measured on the leg between the nodes. Retransmissions are totals of this connection: of repeated
+    /// reports only the growth counts. Those of a shared tunnel count for one connection each.
     pub fn observe_tcp(&self, statistics: TcpStatistics) {
         let before = self.retransmits.fetch_max(statistics.retransmits, Relaxed);
         self.edge

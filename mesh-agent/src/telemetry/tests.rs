@@ -283,7 +283,7 @@ fn every_documented_metric_is_there() {
     telemetry
         .certificates
         .renewed(&identity("web"), 1_900_000_000);
-    telemetry.limits.reached("pool_waiters");
+    telemetry.limits.reached(Limit::OrderQueue);
     telemetry.policy.audit.inc("shop/only-web");
     telemetry.xds.set_resources("workload", 12);
     let text = telemetry.render();
@@ -304,12 +304,13 @@ fn every_documented_metric_is_there() {
         "weft_capture_repairs_total 0",
         "weft_agent_ready 0",
         "weft_agent_panics_total 0",
+        "weft_log_lines_dropped_total 0",
         "weft_certificate_expiry_seconds{identity=\"spiffe://cluster.local/ns/shop/sa/web\"} 1900000000",
         "weft_xds_connected 0",
         "weft_xds_messages_total 0",
         "weft_xds_nacks_total 0",
         "weft_xds_resources{type=\"workload\"} 12",
-        "weft_limit_reached_total{limit=\"pool_waiters\"} 1",
+        "weft_limit_reached_total{limit=\"order_queue\"} 1",
         "weft_policy_audit_total{policy=\"shop/only-web\"} 1",
         "weft_policy_revoked_total 0",
     ] {
@@ -325,6 +326,15 @@ fn every_documented_metric_is_there() {
             .render()
             .contains("weft_tunnels_open{direction=\"outbound\"} 0\n")
     );
+}
+
+#[test]
+fn every_limit_is_documented() {
+    let documented = include_str!("../../../docs/metrics.md");
+    for limit in Limit::ALL {
+        let row = format!("`{}`", limit.name());
+        assert!(documented.contains(&row), "{row} is missing");
+    }
 }
 
 #[test]

@@ -67,6 +67,14 @@ async fn lab() -> Lab {
     Lab { at, state }
 }
 
+#[tokio::test]
+async fn a_server_on_every_address_answers_both_families() {
+    let listener = listen((Ipv6Addr::UNSPECIFIED, 0).into()).expect("a free port");
+    let port = listener.local_addr().expect("bound").port();
+    let ipv4 = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await;
+    ipv4.expect("IPv4 is served, with IPv6 or without");
+}
+
 /// Sends raw bytes and reads until the server closes.
 async fn raw(to: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(to).await.expect("loopback");

@@ -11,7 +11,7 @@ use std::{
     io::{self, Read},
     net::Shutdown,
     os::fd::AsFd,
-    pin::pin,
+    pin::{Pin, pin},
     task::{Context, Poll},
     time::Duration,
 };
@@ -20,7 +20,7 @@ use socket2::SockRef;
 use tokio::{
     io::Interest,
     net::TcpStream,
-    time::{sleep, timeout},
+    time::{Sleep, sleep, timeout},
 };
 
 use super::registry::CloseSignal;
@@ -39,8 +39,8 @@ pub use tunnel::relay_tunnel;
 /// buffers 2 MiB.
 const TURN: usize = 8;
 
-/// How long bytes before a FIN may take to be acknowledged before a reset follows: more than delayed acknowledgements
-/// (40 ms) and a few round trips.
+/// How long bytes before a FIN may take to be acknowledged, and bytes before a reset to be taken, before the reset
+/// follows: more than delayed acknowledgements (40 ms) and a few round trips.
 const DELIVERY_WAIT: Duration = Duration::from_secs(1);
 /// How often that is looked at; the kernel has no event for it.
 const DELIVERY_POLL: Duration = Duration::from_millis(10);
@@ -51,6 +51,8 @@ pub trait Meter {
     fn near_to_far(&self, bytes: usize);
     /// From the other side to the application.
     fn far_to_near(&self, bytes: usize);
+    /// No more will be; `far` is the other side where that is a socket, open still for measurements.
+    fn ended(&self, far: Option<&TcpStream>);
 }
 
 /// How a relayed connection ended.
@@ -100,8 +102,12 @@ trait Directions {
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>>;
     /// Other side to application; ready when FIN was passed on or it broke.
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>>;
-    /// Ready when the other side broke although it had finished its own direction.
+    /// Ready when the other side reset a tunnel's stream, also while nothing is read from it.
     fn poll_far_reset(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+    /// What the application sent waits for the other side, so nothing more is read from the application.
+    fn up_waits(&self) -> bool;
+    /// What the other side sent waits for the application, so nothing more is read from the other side.
+    fn down_waits(&self) -> bool;
     /// From now on only what the application had sent already is passed on.
     fn near_is_gone(&mut self);
     /// Bytes passed on since the beginning; only its changes matter.
@@ -183,7 +189,87 @@ impl<D: Directions> Drive<D> {
     }
 }
 
-/// Drives both directions to the end. A socket is watched for a reset once nothing is read from it any more.
+/// Waits for a socket's reset once asked to; boxed, so that a connection that never has to is small.
+struct Reset<'a> {
+    socket: &'a TcpStream,
+    waiting: Option<Pin<Box<dyn Future<Output = ()> + 'a>>>,
+    seen: bool,
+}
+
+impl<'a> Reset<'a> {
+    const fn of(socket: &'a TcpStream) -> Self {
+        Self {
+            socket,
+            waiting: None,
+            seen: false,
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.seen {
+            let waiting = self
+                .waiting
+                .get_or_insert_with(|| Box::pin(broken(self.socket)));
+            self.seen = waiting.as_mut().poll(cx).is_ready();
+        }
+        self.seen
+    }
+}
+
+/// Notices the reset of a side that nothing is read from: because its direction has finished, or because what it sent
+/// before waits for the other side, which may be forever.
+struct Watch<'a> {
+    near: Reset<'a>,
+    far: Option<Reset<'a>>,
+    /// What had been passed on when the wait began, and its end.
+    patience: Option<(u64, Pin<Box<Sleep>>)>,
+}
+
+impl Watch<'_> {
+    fn poll<D: Directions>(&mut self, cx: &mut Context<'_>, drive: &mut Drive<D>) -> Poll<End> {
+        let (up_done, down_done) = (drive.up == Flow::Finished, drive.down == Flow::Finished);
+        let up_waits = drive.up == Flow::Open && drive.directions.up_waits();
+        let down_waits = drive.down == Flow::Open && drive.directions.down_waits();
+        let near_broken = (up_done || up_waits) && self.near.poll(cx);
+        let far_broken =
+            (down_done || down_waits) && self.far.as_mut().is_some_and(|far| far.poll(cx));
+        if near_broken && up_done {
+            return Poll::Ready(End::NearReset);
+        }
+        if far_broken && down_done {
+            return Poll::Ready(End::FarReset);
+        }
+        if near_broken && up_waits {
+            return self.poll_patience(cx, drive, End::NearReset);
+        }
+        if down_waits && (far_broken || drive.directions.poll_far_reset(cx).is_ready()) {
+            return self.poll_patience(cx, drive, End::FarReset);
+        }
+        self.patience = None;
+        Poll::Pending
+    }
+
+    /// Ready with `end` once nothing has been passed on for [`DELIVERY_WAIT`]: what came before the reset goes first,
+    /// unless nobody takes it.
+    fn poll_patience<D: Directions>(
+        &mut self,
+        cx: &mut Context<'_>,
+        drive: &Drive<D>,
+        end: End,
+    ) -> Poll<End> {
+        loop {
+            let moved = drive.directions.moved().get();
+            match &mut self.patience {
+                Some((seen, wait)) if *seen == moved => {
+                    return wait.as_mut().poll(cx).map(|()| end);
+                }
+                patience => *patience = Some((moved, Box::pin(sleep(DELIVERY_WAIT)))),
+            }
+        }
+    }
+}
+
+/// Drives both directions to the end.
 async fn drive<D: Directions>(
     near: &TcpStream,
     far: Option<&TcpStream>,
@@ -191,25 +277,23 @@ async fn drive<D: Directions>(
     close: &CloseSignal,
     half_close_idle: Duration,
 ) -> End {
+    let mut watch = Watch {
+        near: Reset::of(near),
+        far: far.map(Reset::of),
+        patience: None,
+    };
     let first = poll_fn(|cx| {
         if let Poll::Ready(reason) = close.poll(cx) {
             return Poll::Ready(Some(End::Closed(reason)));
         }
-        drive.poll(cx, true)
+        if let Poll::Ready(end) = drive.poll(cx, true) {
+            return Poll::Ready(end);
+        }
+        watch.poll(cx, drive).map(Some)
     });
     if let Some(end) = first.await {
         return end;
     }
-    let (watched, end_if_broken) = match drive.up {
-        Flow::Finished => (Some(near), End::NearReset),
-        _ => (far.filter(|_| drive.down == Flow::Finished), End::FarReset),
-    };
-    let mut watch = pin!(async {
-        match watched {
-            Some(socket) => broken(socket).await,
-            None => std::future::pending().await,
-        }
-    });
     let mut seen = drive.directions.moved().get();
     let mut idle = pin!(sleep(half_close_idle));
     poll_fn(|cx| {
@@ -219,8 +303,8 @@ async fn drive<D: Directions>(
         if let Poll::Ready(Some(end)) = drive.poll(cx, false) {
             return Poll::Ready(end);
         }
-        if watch.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(end_if_broken);
+        if let Poll::Ready(end) = watch.poll(cx, drive) {
+            return Poll::Ready(end);
         }
         while idle.as_mut().poll(cx).is_ready() {
             let moved = drive.directions.moved().get();

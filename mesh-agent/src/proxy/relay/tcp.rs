@@ -23,6 +23,8 @@ struct Pipe {
     held: Option<Buffer>,
     written: usize,
     size: Size,
+    /// The socket that is written to takes no more.
+    waits: bool,
 }
 
 /// Which end of a pipe failed.
@@ -49,6 +51,7 @@ impl Pipe {
             held: None,
             written: 0,
             size: Size::Small,
+            waits: false,
         }
     }
 
@@ -66,9 +69,11 @@ impl Pipe {
         let turn = if last { usize::MAX } else { TURN };
         for _ in 0..turn {
             if let Some(held) = &self.held {
+                self.waits = true;
                 if let Err(error) = ready!(to.poll_write_ready(cx)) {
                     return Poll::Ready(Err(PipeError::of_write(&error)));
                 }
+                self.waits = false;
                 match to.try_write(held.filled().get(self.written..).unwrap_or_default()) {
                     Ok(count) => {
                         passed(count);
@@ -142,6 +147,7 @@ pub async fn relay_tcp<M: Meter>(
     };
     let mut state = Drive::new(directions);
     let end = drive(&near, Some(&far), &mut state, close, half_close_idle).await;
+    meter.ended(Some(&far));
     let (up, down) = (state.up, state.down);
     drop(state);
     match end {
@@ -199,6 +205,14 @@ impl<M: Meter> Directions for TcpDirections<'_, M> {
 
     fn poll_far_reset(&mut self, _: &mut Context<'_>) -> Poll<()> {
         Poll::Pending
+    }
+
+    fn up_waits(&self) -> bool {
+        self.up.waits
+    }
+
+    fn down_waits(&self) -> bool {
+        self.down.waits
     }
 
     fn near_is_gone(&mut self) {

@@ -32,6 +32,8 @@ enum Via {
 struct Counted {
     up: Cell<usize>,
     down: Cell<usize>,
+    /// The other side's address, asked for when all was over.
+    far: Cell<Option<SocketAddr>>,
 }
 
 impl Meter for Counted {
@@ -41,6 +43,10 @@ impl Meter for Counted {
 
     fn far_to_near(&self, bytes: usize) {
         self.down.set(self.down.get() + bytes);
+    }
+
+    fn ended(&self, far: Option<&TcpStream>) {
+        self.far.set(far.and_then(|far| far.peer_addr().ok()));
     }
 }
 
@@ -531,36 +537,96 @@ async fn a_reader_that_stops_stops_the_writer_and_gets_everything_later() {
         .await;
 }
 
+/// The writer has filled every buffer on the way to a reader that stopped, then it resets: nothing is read from it any
+/// more, and yet the reader must hear of it, and every relay must end.
 #[tokio::test(start_paused = true)]
-async fn a_stalled_stream_does_not_stop_its_neighbour() {
+async fn a_reset_behind_a_closed_window_is_a_reset() {
     LocalSet::new()
         .run_until(async {
-            let (tunnel, tunnel_server) = tunnel().await;
-            let (mut stalled, stalled_near) = pair().await;
-            let (live, live_near) = pair().await;
-            let (stalled_far, _frozen) = pair().await;
-            let (live_far, mut reader) = pair().await;
-            serve(tunnel_server, vec![stalled_far, live_far]);
-            for near in [stalled_near, live_near] {
-                let (stream, _) = tunnel.open(request()).await.expect("200");
-                spawn_local(async move {
-                    let signal = CloseSignal::default();
-                    relay_tunnel(near, stream, &Counted::default(), &signal, HALF_CLOSE_IDLE).await
-                });
+            for via in [Via::Plain, Via::Tunnel] {
+                for upload in [true, false] {
+                    let mut chain = chain(via).await;
+                    let (mut writer, frozen) = match upload {
+                        true => (chain.client, chain.server),
+                        false => (chain.server, chain.client),
+                    };
+                    let block = vec![7; 256 << 10];
+                    while timeout(Duration::from_secs(1), writer.write(&block))
+                        .await
+                        .is_ok()
+                    {}
+                    rst(writer);
+                    let patience = Duration::from_secs(10);
+                    let end = timeout(patience, chain.relays.remove(0)).await;
+                    let end = end.unwrap_or_else(|_| panic!("{via:?}, {upload}: relay stays"));
+                    let expected = if upload {
+                        End::NearReset
+                    } else {
+                        End::FarReset
+                    };
+                    assert_eq!(end.expect("no panic"), expected, "{via:?}");
+                    let heard = timeout(patience, broken(&frozen)).await;
+                    assert!(heard.is_ok(), "{via:?}, {upload}: the reader hears nothing");
+                }
             }
-            let block = vec![7; 256 << 10];
-            while timeout(Duration::from_secs(1), stalled.write(&block))
-                .await
-                .is_ok()
-            {}
-            let writer = spawn_local(async move {
-                let mut live = live;
-                live.write_all(&vec![7; 20 * MIB]).await.expect("open");
-            });
-            assert_eq!(read_to_end(&mut reader).await, Saw::Fin(20 * MIB));
-            writer.await.expect("no panic");
         })
         .await;
+}
+
+/// More streams than any window of a few of them would have room for.
+const STALLED: usize = 12;
+
+/// `STALLED` streams of one tunnel whose readers stop, at the server's side or at the client's, and a neighbour that
+/// was opened before.
+async fn stalled_streams_do_not_stop_a_neighbour(frozen_at_server: bool) {
+    let (tunnel, tunnel_server) = tunnel().await;
+    let (mut clients, mut servers, mut fars) = (Vec::new(), Vec::new(), Vec::new());
+    let mut nears = Vec::new();
+    for _ in 0..=STALLED {
+        let (client, near) = pair().await;
+        let (far, server) = pair().await;
+        clients.push(client);
+        nears.push(near);
+        fars.push(far);
+        servers.push(server);
+    }
+    serve(tunnel_server, fars);
+    for near in nears {
+        let (stream, _) = tunnel.open(request()).await.expect("200");
+        spawn_local(async move {
+            let signal = CloseSignal::default();
+            relay_tunnel(near, stream, &Counted::default(), &signal, HALF_CLOSE_IDLE).await
+        });
+    }
+    let (mut writers, mut readers) = match frozen_at_server {
+        true => (clients, servers),
+        false => (servers, clients),
+    };
+    let (mut writer, mut reader) = (writers.remove(0), readers.remove(0));
+    let block = vec![7; 256 << 10];
+    for stalled in &mut writers {
+        while timeout(Duration::from_secs(1), stalled.write(&block))
+            .await
+            .is_ok()
+        {}
+    }
+    let writing = spawn_local(async move {
+        writer.write_all(&vec![7; 20 * MIB]).await.expect("open");
+    });
+    let mut received = vec![0; 20 * MIB];
+    let limit = Duration::from_secs(60);
+    let read = timeout(limit, reader.read_exact(&mut received)).await;
+    read.expect("the neighbour goes on").expect("open");
+    writing.await.expect("no panic");
+}
+
+#[tokio::test(start_paused = true)]
+async fn stalled_streams_do_not_stop_their_neighbour() {
+    for frozen_at_server in [true, false] {
+        LocalSet::new()
+            .run_until(stalled_streams_do_not_stop_a_neighbour(frozen_at_server))
+            .await;
+    }
 }
 
 #[tokio::test]
@@ -569,11 +635,13 @@ async fn bytes_are_counted_on_both_ways() {
         .run_until(async {
             let (mut client, client_near) = pair().await;
             let (server_near, mut server) = pair().await;
+            let far = server_near.peer_addr().expect("connected");
             let relay = spawn_local(async move {
                 let (counted, signal) = (Counted::default(), CloseSignal::default());
                 let end =
                     relay_tcp(client_near, server_near, &counted, &signal, HALF_CLOSE_IDLE).await;
-                (end, counted.up.get(), counted.down.get())
+                let passed = (counted.up.get(), counted.down.get());
+                (end, passed, counted.far.get())
             });
             client.write_all(b"12345").await.expect("open");
             client.shutdown().await.expect("open");
@@ -581,7 +649,11 @@ async fn bytes_are_counted_on_both_ways() {
             server.write_all(b"123").await.expect("open");
             drop(server);
             assert_eq!(read_to_end(&mut client).await, Saw::Fin(3));
-            assert_eq!(relay.await.expect("no panic"), (End::Finished, 5, 3));
+            assert_eq!(
+                relay.await.expect("no panic"),
+                (End::Finished, (5, 3), Some(far)),
+                "the socket is measured before it is closed"
+            );
         })
         .await;
 }

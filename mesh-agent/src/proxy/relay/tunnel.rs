@@ -62,6 +62,7 @@ pub async fn relay_tunnel<M: Meter>(
     };
     let mut state = Drive::new(directions);
     let end = drive(&near, None, &mut state, close, half_close_idle).await;
+    meter.ended(None);
     let (up, down) = (state.up, state.down);
     let mut directions = state.directions;
     match end {
@@ -170,6 +171,14 @@ impl<M: Meter> Directions for TunnelDirections<'_, M> {
 
     fn poll_far_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.send.poll_reset(cx).map(|_| ())
+    }
+
+    fn up_waits(&self) -> bool {
+        self.stalled
+    }
+
+    fn down_waits(&self) -> bool {
+        !self.chunk.is_empty()
     }
 
     fn near_is_gone(&mut self) {

@@ -28,9 +28,9 @@ use super::{
 };
 use crate::{
     proxy::limits::{
-        CLIENT_HEADER_LIST_BYTES, CONNECTION_WINDOW_BYTES, Limits, MAX_FRAME_BYTES,
-        MAX_LOCAL_ERROR_RESETS, MAX_LOCAL_RESET_STREAMS, MAX_PENDING_RESET_STREAMS,
-        SERVER_HEADER_LIST_BYTES, STREAM_SEND_BUFFER_BYTES, STREAM_WINDOW_BYTES,
+        CLIENT_HEADER_LIST_BYTES, Limits, MAX_FRAME_BYTES, MAX_LOCAL_ERROR_RESETS,
+        MAX_LOCAL_RESET_STREAMS, MAX_PENDING_RESET_STREAMS, SERVER_HEADER_LIST_BYTES,
+        STREAM_SEND_BUFFER_BYTES, STREAM_WINDOW_BYTES, TunnelLimits,
     },
     sys::socket::{TcpStatistics, tcp_statistics, unanswered_for},
 };
@@ -52,9 +52,10 @@ impl Client {
     where
         T: AsyncRead + AsyncWrite + Unpin + 'static,
     {
+        let streams = u32::try_from(limits.tunnel.client_streams).unwrap_or(u32::MAX);
         let (requests, mut connection) = client::Builder::new()
             .initial_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .initial_connection_window_size(TunnelLimits::connection_window(streams))
             .max_frame_size(MAX_FRAME_BYTES)
             .max_header_list_size(CLIENT_HEADER_LIST_BYTES)
             .max_send_buffer_size(STREAM_SEND_BUFFER_BYTES)
@@ -161,12 +162,13 @@ pub struct Server<T> {
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
     pub(super) async fn handshake(io: T, limits: &Limits) -> Result<Self, TunnelError> {
+        let streams = limits.tunnel.server_streams;
         let mut connection = server::Builder::new()
             .initial_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .initial_connection_window_size(TunnelLimits::connection_window(streams))
             .max_frame_size(MAX_FRAME_BYTES)
             .max_header_list_size(SERVER_HEADER_LIST_BYTES)
-            .max_concurrent_streams(limits.tunnel.server_streams)
+            .max_concurrent_streams(streams)
             .max_send_buffer_size(STREAM_SEND_BUFFER_BYTES)
             .max_concurrent_reset_streams(MAX_LOCAL_RESET_STREAMS)
             .max_pending_accept_reset_streams(MAX_PENDING_RESET_STREAMS)

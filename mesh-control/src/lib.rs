@@ -127,7 +127,8 @@ impl ControlPlane {
     /// Reads the source, listens and serves. Metrics go into `registry`, which `server.metrics` shows if configured.
     ///
     /// # Errors
-    /// See [`StartError`]. Malformed manifests are logged, not errors.
+    /// See [`StartError`]. Malformed manifests are logged, not errors; but a file that cannot be read at all is one:
+    /// agents that know what it held keep it, and must not be told that it is gone.
     pub async fn start(
         config: ControlConfig,
         registry: Registry,
@@ -138,7 +139,9 @@ impl ControlPlane {
         let authority = Arc::new(open_authority(&config, SystemTime::now())?);
         let hub = Hub::new(config.mesh.clone());
         let watch = files::watch_folder(&config.source.folder);
-        let (source, changes) = FilesSource::open(&config.source.folder)?;
+        let (source, changes) =
+            FilesSource::open(&config.source.folder, &config.mesh.root_namespace)?;
+        source.require_read()?;
         hub.apply(changes);
 
         let (listener, address) = listen(config.server.listen).await?;

@@ -219,7 +219,7 @@ async fn main() -> ExitCode {
 }
 
 fn validate(folder: &std::path::Path) -> ExitCode {
-    let (source, changes) = match FilesSource::open(folder) {
+    let (source, changes) = match FilesSource::open(folder, &MeshConfig::default().root_namespace) {
         Ok(opened) => opened,
         Err(error) => {
             eprintln!("mesh-control: {error}");

@@ -130,7 +130,7 @@ pub(super) fn object(object: &Object) -> Vec<FieldProblem> {
 fn metadata(object: &Object, problems: &mut Problems) {
     let metadata = object.metadata();
     let key = object.key();
-    if !is_dns_name(&key.name, NAME_MAX_BYTES) {
+    if !is_name(&key.name) {
         let message = format!(
             "{:?} is not a name: lower-case letters, digits, `-` and `.`",
             key.name
@@ -138,7 +138,7 @@ fn metadata(object: &Object, problems: &mut Problems) {
         problems.add("metadata.name", message);
     }
     if object.kind().namespaced() {
-        if key.namespace.contains('.') || !is_dns_name(&key.namespace, LABEL_MAX_BYTES) {
+        if !is_namespace(&key.namespace) {
             problems.add(
                 "metadata.namespace",
                 format!("{:?} is not a namespace", key.namespace),
@@ -364,6 +364,19 @@ fn check_external(workload: &ExternalWorkload, problems: &mut Problems) {
     if spec.weight == Some(0) {
         problems.add("spec.weight", "must be at least 1");
     }
+}
+
+pub(super) fn is_name(text: &str) -> bool {
+    is_dns_name(text, NAME_MAX_BYTES)
+}
+
+pub(super) fn is_namespace(text: &str) -> bool {
+    !text.contains('.') && is_dns_name(text, LABEL_MAX_BYTES)
+}
+
+pub(super) fn are_labels(labels: &BTreeMap<String, String>) -> bool {
+    let mut labels = labels.iter();
+    labels.all(|(key, value)| is_label_key(key) && is_label_value(value))
 }
 
 fn is_dns_name(text: &str, max_bytes: usize) -> bool {

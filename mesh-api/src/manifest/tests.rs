@@ -214,3 +214,91 @@ fn the_documented_example_is_valid() {
         .collect();
     assert_eq!(kinds.len(), Kind::ALL.len(), "an example of every kind");
 }
+
+/// The stand-ins of a text's refused policies, as `kind namespace/name`.
+fn stand_ins(text: &str) -> Vec<String> {
+    let parsed = parse(text);
+    assert!(!parsed.problems.is_empty(), "{text}");
+    let policies = parsed.refused_policies.iter();
+    policies
+        .map(|policy| {
+            let object = policy.stand_in("root");
+            let key = object.key();
+            let name = if policy.is_named() { &key.name } else { "?" };
+            format!("{} {}/{name}", key.kind, key.namespace)
+        })
+        .collect()
+}
+
+#[test]
+fn of_a_refused_policy_as_much_is_read_as_can_be() {
+    let named = ["AuthorizationPolicy shop/it"];
+    assert_eq!(
+        stand_ins(&weft("AuthorizationPolicy", "{rulez: []}")),
+        named
+    );
+    assert_eq!(stand_ins(&weft("AuthorizationPolicy", "{rules: [")), named);
+    assert_eq!(stand_ins(&weft("AuthorizationPolicy", "[]")), named);
+    assert_eq!(
+        stand_ins(&weft("MeshPolicy", "{mtls: {mode: STRIKT}}")),
+        ["MeshPolicy shop/it"]
+    );
+    let nowhere = |kind: &str| weft(kind, "{rules: [").replace("namespace: shop", "namespace: [");
+    assert_eq!(
+        stand_ins(&nowhere("AuthorizationPolicy")),
+        ["AuthorizationPolicy root/?"]
+    );
+    // A policy against plaintext: a mesh-wide MeshPolicy would yield to more specific ones.
+    assert_eq!(
+        stand_ins(&nowhere("MeshPolicy")),
+        ["AuthorizationPolicy root/?"]
+    );
+    assert_eq!(
+        stand_ins("{\"kind\": \"AuthorizationPolicy\", "),
+        ["AuthorizationPolicy root/?"]
+    );
+    let none: [&str; 0] = [];
+    assert_eq!(
+        stand_ins(&weft("AuthorizationPolicy", "{action: AUDIT, rulez: []}")),
+        none,
+        "it forbids nothing"
+    );
+    assert_eq!(stand_ins("# AuthorizationPolicy\nkind: Pod\nspec: ["), none);
+    assert_eq!(stand_ins(&POD.replace("nodeName", "nodeNam")), none);
+    assert_eq!(stand_ins("[ no manifest"), none);
+}
+
+#[test]
+fn a_stand_in_keeps_only_a_selector_that_is_understood() {
+    let selector = |spec: &str| {
+        let parsed = parse(&weft("AuthorizationPolicy", spec));
+        match parsed.refused_policies[0].stand_in("root") {
+            Object::AuthorizationPolicy(policy) => policy.spec.selector.is_some(),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(selector("{selector: {matchLabels: {app: a}}, rulez: []}"));
+    assert!(!selector("{selector: {matchLabelz: {app: a}}, rules: []}"));
+    assert!(!selector("{selector: {matchLabels: {app: [a]}}}"));
+    assert!(!selector("{selektor: {matchLabels: {app: a}}}"));
+}
+
+#[test]
+fn a_stand_in_is_at_least_as_strict_as_the_policy() {
+    let spec = |spec: &str| match parse(&weft("AuthorizationPolicy", spec)).refused_policies[0]
+        .stand_in("root")
+    {
+        Object::AuthorizationPolicy(policy) => (policy.spec.action, policy.spec.rules.len()),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(spec("{action: ALLOW, rulez: []}"), (Action::Allow, 0));
+    assert_eq!(spec("{action: DENY, rulez: []}"), (Action::Deny, 1));
+    assert_eq!(spec("{acton: DENY, rules: []}"), (Action::Deny, 1));
+    let mesh = parse(&weft("MeshPolicy", "{mtls: {mod: STRICT}}"));
+    let Object::MeshPolicy(mesh) = mesh.refused_policies[0].stand_in("root") else {
+        panic!("a MeshPolicy");
+    };
+    let mtls = mesh.spec.mtls.expect("set");
+    assert_eq!(mtls.mode, Some(MtlsMode::Strict));
+    assert!(mtls.ports.is_some_and(|ports| ports.is_empty()));
+}

@@ -42,14 +42,25 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// A file that changed more recently may still be being written: comparisons (not events) leave it for next time.
 const SETTLE: Duration = Duration::from_secs(2);
 
-/// Why the folder cannot be used.
+/// Why the source cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("source folder {path}: {source}")]
-pub struct SourceError {
-    /// The folder.
-    pub path: PathBuf,
-    /// What the system said.
-    pub source: io::Error,
+pub enum SourceError {
+    /// The folder cannot be listed.
+    #[error("source folder {path}: {source}")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A manifest of which nothing is known cannot be read. Mend it, or remove it if what it held is to be forgotten.
+    #[error("source folder {path}: {problem}")]
+    Unread {
+        /// The folder.
+        path: PathBuf,
+        /// The file, and why.
+        problem: FileProblem,
+    },
 }
 
 /// Which files a scan looks at.
@@ -78,19 +89,19 @@ pub struct FilesSource {
 }
 
 impl FilesSource {
-    /// Reads the folder once.
+    /// Reads the folder once. Policies in `root_namespace` apply to the whole mesh.
     ///
     /// # Errors
     /// When the folder itself cannot be read. Bad files are [`FilesSource::problems`], not errors.
-    pub fn open(path: &Path) -> Result<(Self, Vec<Change>), SourceError> {
-        let failed = |source| SourceError {
+    pub fn open(path: &Path, root_namespace: &str) -> Result<(Self, Vec<Change>), SourceError> {
+        let failed = |source| SourceError::Folder {
             path: path.into(),
             source,
         };
         fs::read_dir(path).map_err(failed)?;
         let mut source = Self {
             path: path.into(),
-            folder: Folder::default(),
+            folder: Folder::new(root_namespace),
             fingerprints: BTreeMap::new(),
             own_problems: BTreeSet::new(),
             reported: BTreeSet::new(),
@@ -107,6 +118,21 @@ impl FilesSource {
             .union(&self.own_problems)
             .cloned()
             .collect()
+    }
+
+    /// That every file could be read, well-formed or not. A state without one of them must never be the first to be
+    /// published: what it forbids would be taken for gone.
+    ///
+    /// # Errors
+    /// [`SourceError::Unread`].
+    pub fn require_read(&self) -> Result<(), SourceError> {
+        match self.folder.unread() {
+            None => Ok(()),
+            Some(problem) => Err(SourceError::Unread {
+                path: self.path.clone(),
+                problem,
+            }),
+        }
     }
 
     /// Logs what was not logged before.

@@ -5,6 +5,8 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::{config::MeshConfig, index::ResourceType};
 
+const ROOT: &str = "weft-system";
+
 fn pod(name: &str, ip: &str) -> String {
     format!(
         "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop}}\n\
@@ -30,7 +32,7 @@ impl Followed {
         let hub = Hub::new(MeshConfig::default());
         let metrics = Metrics::new(&Registry::new()).expect("new registry");
         let watch = FolderWatch::open(folder.path()).expect("inotify");
-        let (source, changes) = FilesSource::open(folder.path()).expect("readable");
+        let (source, changes) = FilesSource::open(folder.path(), ROOT).expect("readable");
         hub.apply(changes);
         let generation = hub.generation();
         let (stop, stopped) = channel::channel(false);
@@ -154,7 +156,7 @@ fn files_over_the_limit_or_not_text_are_problems_of_that_file_only() {
     fs::create_dir(path("folder.yaml")).expect("folder");
     fs::write(path(".hidden.yaml"), "{").expect("write");
     fs::write(path("notes.txt"), "{").expect("write");
-    let (source, changes) = FilesSource::open(folder.path()).expect("readable");
+    let (source, changes) = FilesSource::open(folder.path(), ROOT).expect("readable");
     assert_eq!(changes.len(), 1);
     let problems: Vec<_> = source.problems().iter().map(ToString::to_string).collect();
     assert_eq!(
@@ -177,13 +179,13 @@ fn a_file_of_exactly_the_limit_is_read() {
 
 #[test]
 fn a_missing_folder_is_an_error() {
-    assert!(FilesSource::open(Path::new("/nonexistent/manifests")).is_err());
+    assert!(FilesSource::open(Path::new("/nonexistent/manifests"), ROOT).is_err());
 }
 
 #[test]
 fn a_file_that_changed_a_moment_ago_waits_for_its_event() {
     let folder = tempfile::tempdir().expect("tempdir");
-    let (mut source, _) = FilesSource::open(folder.path()).expect("readable");
+    let (mut source, _) = FilesSource::open(folder.path(), ROOT).expect("readable");
     fs::write(folder.path().join("a.yaml"), pod("web", "10.0.0.1")).expect("write");
     assert!(source.scan(&Scope::Settled).is_empty());
     assert_eq!(

@@ -1,4 +1,5 @@
 use super::*;
+use crate::limits::{ADDRESSES_MAX, VALUES_PER_POLICY_MAX};
 
 const POD: &str =
     "apiVersion: v1\nkind: Pod\nmetadata: {name: web, namespace: shop}\nspec: {nodeName: a}\n";
@@ -301,4 +302,52 @@ fn a_stand_in_is_at_least_as_strict_as_the_policy() {
     let mtls = mesh.spec.mtls.expect("set");
     assert_eq!(mtls.mode, Some(MtlsMode::Strict));
     assert!(mtls.ports.is_some_and(|ports| ports.is_empty()));
+}
+
+#[test]
+fn what_no_agent_would_take_is_refused_here() {
+    let list = |count: usize, of: &dyn Fn(usize) -> String| {
+        let values: Vec<_> = (0..count).map(of).collect();
+        values.join(", ")
+    };
+    let address = |index: usize| format!("10.0.{}.{}", index / 250, index % 250 + 1);
+    let external = |addresses: usize, rest: &str| {
+        let spec = format!("{{addresses: [{}]{rest}}}", list(addresses, &address));
+        weft("ExternalWorkload", &spec)
+    };
+    assert!(parse(&external(ADDRESSES_MAX, "")).problems.is_empty());
+    assert_eq!(
+        problem(&external(ADDRESSES_MAX + 1, "")),
+        "spec.addresses: has 257 values, at most 256 are allowed"
+    );
+    let long = "n".repeat(254);
+    assert!(problem(&external(1, &format!(", node: {long}"))).starts_with("spec.node: "));
+    assert!(problem(&external(1, &format!(", network: {long}"))).starts_with("spec.network: "));
+    let pod = POD.replace("nodeName: a", &format!("nodeName: {long}"));
+    assert!(problem(&pod).starts_with("spec.nodeName: "));
+
+    // A rule, its clause and its source count as well.
+    let policy = |values: usize| {
+        let names = list(values, &|index| format!("ns{index}"));
+        weft(
+            "AuthorizationPolicy",
+            &format!("{{rules: [{{from: [{{namespaces: [{names}]}}]}}]}}"),
+        )
+    };
+    assert!(
+        parse(&policy(VALUES_PER_POLICY_MAX - 3))
+            .problems
+            .is_empty()
+    );
+    assert!(problem(&policy(VALUES_PER_POLICY_MAX - 2)).starts_with("spec.rules: has 10001 "));
+}
+
+#[test]
+fn mapped_blocks_are_blocks_of_ipv4() {
+    let block = |text: &str| parse_block(text).map(|block| block.to_string());
+    assert_eq!(block("::ffff:10.1.2.3/104").as_deref(), Ok("10.0.0.0/8"));
+    assert_eq!(block("::ffff:10.1.2.3").as_deref(), Ok("10.1.2.3/32"));
+    assert_eq!(block("::/0").as_deref(), Ok("::/0"));
+    assert_eq!(block("10.1.2.3/8").as_deref(), Ok("10.0.0.0/8"));
+    assert_eq!(block("fd00::1/64").as_deref(), Ok("fd00::/64"));
 }

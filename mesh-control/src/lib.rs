@@ -35,7 +35,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Server;
+use tonic::{Request, Status, service::InterceptorLayer, transport::Server};
 use tracing::{error, info};
 use zeroize::Zeroizing;
 
@@ -214,6 +214,7 @@ async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(CONNECTION_STREAMS_MAX)
+        .layer(InterceptorLayer::new(note_use))
         .add_service(xds::service(discovery))
         .add_service(ca::grpc_service(ca))
         .serve_with_incoming_shutdown(incoming, async move {
@@ -231,6 +232,14 @@ async fn serve(
         }
         () = deadline => info!("some streams did not end in time and were cut"),
     }
+}
+
+/// An interceptor: lets every request through.
+fn note_use(request: Request<()>) -> Result<Request<()>, Status> {
+    if let Some(used) = request.extensions().get::<server::Used>() {
+        used.note();
+    }
+    Ok(request)
 }
 
 /// Returns when `stop` turns true, or when the handle is gone, which also is a stop.

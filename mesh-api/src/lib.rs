@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod identity;
+pub mod limits;
 pub mod local;
 pub mod manifest;
 pub mod names;

@@ -2,10 +2,11 @@
 
 use std::{
     fmt, fs,
-    io::{self, Read},
+    io::{self, Read as _},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
 };
 
 use rand::{Rng, rngs::ThreadRng};
@@ -22,6 +23,9 @@ pub const TOKEN_MAX_BYTES: usize = 512;
 pub const CREDENTIALS_MAX: usize = 20_000;
 /// Largest token file, from the two limits above with room for names.
 pub const TOKEN_FILE_MAX_BYTES: u64 = 16 * 1024 * 1024;
+/// A file that was rewritten in place, or whose last line has no end, may still be being written: it counts once it has
+/// not changed for this long. One that was renamed into place is whole and counts at once.
+const SETTLE: Duration = Duration::from_secs(2);
 /// Longest node name: a Kubernetes object name.
 const NODE_NAME_MAX_BYTES: usize = 253;
 /// Bits of the mode that let others than owner and group in.
@@ -66,6 +70,14 @@ pub enum TokenFileError {
         /// Its size.
         bytes: u64,
     },
+    /// It holds no credential. When it is read again that would withdraw every node, and is rather a mistake.
+    #[error(
+        "node token file {path} holds no token; to withdraw every node, stop the control plane"
+    )]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
     /// A line is not `<token> <node name>`.
     #[error("node token file {path}, line {line}: {message}")]
     Line {
@@ -101,8 +113,34 @@ struct State {
     fingerprint: Option<Fingerprint>,
     /// The fingerprint of a file that was refused, so that it is reported once.
     refused: Option<Fingerprint>,
+    /// The fingerprint of a file that may still be being written, and when it was first seen.
+    unsettled: Option<(Fingerprint, SystemTime)>,
     from_file: Vec<Credential>,
     issued: Vec<Credential>,
+}
+
+impl State {
+    /// Whether a file that changed is to be left for later.
+    fn may_be_unfinished(
+        &mut self,
+        file: Fingerprint,
+        read: Option<&Read>,
+        now: SystemTime,
+    ) -> bool {
+        let id = |(device, inode, ..): Fingerprint| (device, inode);
+        let in_place = self.fingerprint.is_some_and(|known| id(known) == id(file));
+        if !in_place && read.is_some_and(|read| read.ends_with_a_line) {
+            return false;
+        }
+        let since = match self.unsettled {
+            Some((seen, since)) if seen == file => since,
+            _ => now,
+        };
+        self.unsettled = Some((file, since));
+        // A clock that went back says nothing about time that passed.
+        now.duration_since(since)
+            .is_ok_and(|passed| passed < SETTLE)
+    }
 }
 
 /// Knows which token belongs to which node.
@@ -135,8 +173,8 @@ impl NodeCredentials {
     pub fn open(file: Option<PathBuf>) -> Result<Self, TokenFileError> {
         let mut state = State::default();
         if let Some(path) = &file {
-            let (fingerprint, credentials) = read_file(path)?;
-            (state.fingerprint, state.from_file) = (Some(fingerprint), credentials);
+            let read = read_file(path)?;
+            (state.fingerprint, state.from_file) = (Some(read.fingerprint), read.credentials);
         }
         Ok(Self {
             file,
@@ -161,7 +199,7 @@ impl NodeCredentials {
     /// # Errors
     /// `UNAUTHENTICATED`, with the same words whatever was wrong.
     pub fn authenticate(&self, metadata: &MetadataMap) -> Result<Authenticated, Status> {
-        self.refresh();
+        self.refresh(SystemTime::now());
         let token = metadata
             .get("authorization")
             .and_then(|value| value.to_str().ok())
@@ -176,7 +214,7 @@ impl NodeCredentials {
     /// Whether the token with which a stream began is still valid.
     #[must_use]
     pub fn still_valid(&self, authenticated: &Authenticated) -> bool {
-        self.refresh();
+        self.refresh(SystemTime::now());
         self.find(&authenticated.digest).as_ref() == Some(authenticated)
     }
 
@@ -196,25 +234,35 @@ impl NodeCredentials {
     }
 
     /// Reads the file again if it is another one than last time. What cannot be used is reported once and ignored.
-    fn refresh(&self) {
+    fn refresh(&self, now: SystemTime) {
         let Some(path) = &self.file else { return };
-        let now = fs::metadata(path)
+        let present = fs::metadata(path)
             .ok()
             .map(|metadata| fingerprint(&metadata));
         let mut state = self.lock();
-        if now.is_some() && (now == state.fingerprint || now == state.refused) {
+        if present.is_some() && (present == state.fingerprint || present == state.refused) {
             return;
         }
-        match read_file(path) {
-            Ok((fingerprint, credentials)) => {
-                info!(file = %path.display(), credentials = credentials.len(), "node tokens read again");
-                state.fingerprint = Some(fingerprint);
+        let read = read_file(path);
+        // Refusals wait as well: half a file is a mistake only if it stays so.
+        if present.is_some_and(|it| state.may_be_unfinished(it, read.as_ref().ok(), now)) {
+            return;
+        }
+        let read = read.and_then(|read| match read.credentials.is_empty() {
+            true => Err(TokenFileError::Empty { path: path.clone() }),
+            false => Ok(read),
+        });
+        match read {
+            Ok(read) => {
+                let credentials = read.credentials.len();
+                info!(file = %path.display(), credentials, "node tokens read again");
+                state.fingerprint = Some(read.fingerprint);
                 state.refused = None;
-                state.from_file = credentials;
+                state.from_file = read.credentials;
             }
             Err(error) => {
                 // A file that is gone has no fingerprint: zeroes stand for it.
-                let refused = Some(now.unwrap_or_default());
+                let refused = Some(present.unwrap_or_default());
                 if state.refused != refused {
                     error!(%error, "node tokens could not be read again; the previous ones stay valid");
                     state.refused = refused;
@@ -247,7 +295,14 @@ fn fingerprint(metadata: &fs::Metadata) -> Fingerprint {
     )
 }
 
-fn read_file(path: &Path) -> Result<(Fingerprint, Vec<Credential>), TokenFileError> {
+/// What a token file said.
+struct Read {
+    fingerprint: Fingerprint,
+    credentials: Vec<Credential>,
+    ends_with_a_line: bool,
+}
+
+fn read_file(path: &Path) -> Result<Read, TokenFileError> {
     let read_error = |source| TokenFileError::Read {
         path: path.into(),
         source,
@@ -277,7 +332,11 @@ fn read_file(path: &Path) -> Result<(Fingerprint, Vec<Credential>), TokenFileErr
         line,
         message,
     })?;
-    Ok((fingerprint(&metadata), credentials))
+    Ok(Read {
+        fingerprint: fingerprint(&metadata),
+        credentials,
+        ends_with_a_line: text.ends_with('\n'),
+    })
 }
 
 fn parse_tokens(text: &str) -> Result<Vec<Credential>, (usize, &'static str)> {
@@ -371,6 +430,40 @@ mod tests {
         assert!(credentials.authenticate(&bearer(TOKEN_A)).is_ok());
         fs::remove_file(&path).expect("remove");
         assert!(credentials.authenticate(&bearer(TOKEN_A)).is_ok());
+    }
+
+    #[test]
+    fn a_file_that_is_being_rewritten_withdraws_nobody() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let path = folder.path().join("tokens");
+        write(&path, &format!("{TOKEN_A} node-a\n{TOKEN_B} node-b\n"));
+        let credentials = NodeCredentials::open(Some(path.clone())).expect("usable");
+        let known = |token: &str, now| {
+            credentials.refresh(now);
+            credentials
+                .find(&Sha256::digest(token.as_bytes()).into())
+                .is_some()
+        };
+        let start = SystemTime::now();
+        let step = |steps| start + SETTLE * steps;
+
+        fs::write(&path, format!("{TOKEN_B} node-b\n")).expect("write in place");
+        assert!(known(TOKEN_A, step(0)), "the rest may be to come");
+        assert!(!known(TOKEN_A, step(1)), "it did not come");
+        for (now, text) in [
+            (2, String::new()),
+            (4, format!("{TOKEN_A} no")),
+            (6, "# none\n".to_owned()),
+        ] {
+            fs::write(&path, &text).expect("write in place");
+            assert!(known(TOKEN_B, step(now)), "{text:?}");
+        }
+        assert!(known(TOKEN_B, step(7)), "no credential at all is a mistake");
+        write(&path, &format!("{TOKEN_A} node-a"));
+        assert!(!known(TOKEN_A, step(8)), "its last line may be cut");
+        assert!(known(TOKEN_A, step(9)));
+        write(&path, &format!("{TOKEN_B} node-b\n"));
+        assert!(known(TOKEN_B, step(9)), "whole, as it was renamed");
     }
 
     #[test]

@@ -35,7 +35,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Server;
+use tonic::{Request, Status, service::InterceptorLayer, transport::Server};
 use tracing::{error, info};
 use zeroize::Zeroizing;
 
@@ -127,7 +127,8 @@ impl ControlPlane {
     /// Reads the source, listens and serves. Metrics go into `registry`, which `server.metrics` shows if configured.
     ///
     /// # Errors
-    /// See [`StartError`]. Malformed manifests are logged, not errors.
+    /// See [`StartError`]. Malformed manifests are logged, not errors; but a file that cannot be read at all is one:
+    /// agents that know what it held keep it, and must not be told that it is gone.
     pub async fn start(
         config: ControlConfig,
         registry: Registry,
@@ -138,7 +139,9 @@ impl ControlPlane {
         let authority = Arc::new(open_authority(&config, SystemTime::now())?);
         let hub = Hub::new(config.mesh.clone());
         let watch = files::watch_folder(&config.source.folder);
-        let (source, changes) = FilesSource::open(&config.source.folder)?;
+        let (source, changes) =
+            FilesSource::open(&config.source.folder, &config.mesh.root_namespace)?;
+        source.require_read()?;
         hub.apply(changes);
 
         let (listener, address) = listen(config.server.listen).await?;
@@ -211,6 +214,7 @@ async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(CONNECTION_STREAMS_MAX)
+        .layer(InterceptorLayer::new(note_use))
         .add_service(xds::service(discovery))
         .add_service(ca::grpc_service(ca))
         .serve_with_incoming_shutdown(incoming, async move {
@@ -228,6 +232,14 @@ async fn serve(
         }
         () = deadline => info!("some streams did not end in time and were cut"),
     }
+}
+
+/// An interceptor: lets every request through.
+fn note_use(request: Request<()>) -> Result<Request<()>, Status> {
+    if let Some(used) = request.extensions().get::<server::Used>() {
+        used.note();
+    }
+    Ok(request)
 }
 
 /// Returns when `stop` turns true, or when the handle is gone, which also is a stop.

@@ -48,8 +48,9 @@ use mesh_control::{
     },
     files::FilesSource,
 };
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::info;
+use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
 /// The control plane of Weft: tells agents what exists and what is allowed, and signs certificates.
@@ -219,7 +220,7 @@ async fn main() -> ExitCode {
 }
 
 fn validate(folder: &std::path::Path) -> ExitCode {
-    let (source, changes) = match FilesSource::open(folder) {
+    let (source, changes) = match FilesSource::open(folder, &MeshConfig::default().root_namespace) {
         Ok(opened) => opened,
         Err(error) => {
             eprintln!("mesh-control: {error}");
@@ -237,6 +238,15 @@ fn validate(folder: &std::path::Path) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// A thousand agents with two connections each exceed the usual soft limit.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(%error, "cannot raise the limit of file descriptors");
+    }
+}
+
 async fn run(args: RunArgs) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&args.log).context("--log is not a filter")?;
     let log = tracing_subscriber::fmt()
@@ -247,6 +257,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
     }
+    raise_descriptor_limit();
     // Before anything is started, so that a signal during the start is not lost.
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;

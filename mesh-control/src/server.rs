@@ -4,14 +4,17 @@ use std::{
     io,
     net::IpAddr,
     pin::Pin,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock, RwLockReadGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::{Duration, SystemTime},
 };
 
 use rustls::{
     ServerConfig,
-    crypto::aws_lc_rs,
+    crypto::{CryptoProvider, aws_lc_rs},
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
@@ -19,20 +22,22 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
-    time::timeout,
+    time::{Sleep, sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::transport::server::Connected;
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    ca::{Authority, SERVING_LIFETIME, SignError},
+    ca::{Authority, BACKDATE, SERVING_LIFETIME, SignError},
     telemetry::Metrics,
     xds::STREAMS_MAX,
 };
 
 /// How long a client may take for its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a client may take from the end of its handshake to its first request.
+const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most handshakes at a time: after a restart all agents come at once, and each costs a signature.
 const HANDSHAKES_MAX: usize = 256;
 /// Most connections at a time, handshakes included: two for each of the streams that are served (one for discovery, one
@@ -40,8 +45,9 @@ const HANDSHAKES_MAX: usize = 256;
 const CONNECTIONS_MAX: usize = 2 * STREAMS_MAX;
 /// Pause after a failed accept (out of file descriptors), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Pause after a failed renewal of the serving certificate.
-const RENEWAL_RETRY: Duration = Duration::from_secs(60);
+/// How often the serving certificate's age is compared with the wall clock, which may jump or run on while the machine
+/// sleeps.
+const RENEWAL_TICK: Duration = Duration::from_secs(30);
 
 /// Why the listener cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +64,22 @@ pub enum ServerError {
 pub(crate) struct Serving {
     authority: Arc<Authority>,
     names: Vec<String>,
-    current: RwLock<Arc<CertifiedKey>>,
+    current: RwLock<Current>,
+}
+
+struct Current {
+    key: Arc<CertifiedKey>,
+    issued: SystemTime,
+}
+
+impl Current {
+    /// Whether half of its life is over, or it is from the future.
+    fn is_due(&self, now: SystemTime) -> bool {
+        match now.duration_since(self.issued) {
+            Ok(age) => age >= SERVING_LIFETIME / 2,
+            Err(ahead) => ahead.duration() >= BACKDATE / 2,
+        }
+    }
 }
 
 impl std::fmt::Debug for Serving {
@@ -75,7 +96,10 @@ impl Serving {
         names: Vec<String>,
         now: SystemTime,
     ) -> Result<Self, ServerError> {
-        let current = RwLock::new(issue(&authority, &names, now)?);
+        let current = RwLock::new(Current {
+            key: issue(&authority, &names, now)?,
+            issued: now,
+        });
         Ok(Self {
             authority,
             names,
@@ -85,35 +109,38 @@ impl Serving {
 
     /// Renews at half-life until `stop` turns true. A certificate is kept when its renewal fails.
     pub async fn renew(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
-        let mut pause = SERVING_LIFETIME / 2;
         loop {
             tokio::select! {
-                () = tokio::time::sleep(pause) => {}
+                () = sleep(RENEWAL_TICK) => self.renew_if_due(SystemTime::now()),
                 () = crate::stopped(&mut stop) => return,
             }
-            match issue(&self.authority, &self.names, SystemTime::now()) {
-                Ok(new) => {
-                    *self.current.write().unwrap_or_else(PoisonError::into_inner) = new;
-                    info!("renewed the serving certificate");
-                    pause = SERVING_LIFETIME / 2;
-                }
-                Err(error) => {
-                    error!(%error, "could not renew the serving certificate; the present one stays");
-                    pause = RENEWAL_RETRY;
-                }
+        }
+    }
+
+    fn renew_if_due(&self, now: SystemTime) {
+        if !self.read().is_due(now) {
+            return;
+        }
+        match issue(&self.authority, &self.names, now) {
+            Ok(key) => {
+                let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+                *current = Current { key, issued: now };
+                info!("renewed the serving certificate");
+            }
+            Err(error) => {
+                error!(%error, "could not renew the serving certificate; the present one stays");
             }
         }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Current> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl ResolvesServerCert for Serving {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(
-            self.current
-                .read()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
-        )
+        Some(self.read().key.clone())
     }
 }
 
@@ -127,10 +154,18 @@ fn issue(
     Ok(Arc::new(key))
 }
 
+/// The library's defaults, but hybrid post-quantum key exchange is preferred.
+fn provider() -> Arc<CryptoProvider> {
+    use aws_lc_rs::kx_group::{SECP256R1, SECP384R1, X25519, X25519MLKEM768};
+    Arc::new(CryptoProvider {
+        kx_groups: vec![X25519MLKEM768, X25519, SECP256R1, SECP384R1],
+        ..aws_lc_rs::default_provider()
+    })
+}
+
 /// TLS 1.3 with ALPN `h2`.
 pub(crate) fn tls_config(serving: Arc<Serving>) -> Result<ServerConfig, ServerError> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let mut config = ServerConfig::builder_with_provider(provider)
+    let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
         .with_cert_resolver(serving);
@@ -155,30 +190,71 @@ pub(crate) fn serving_names(configured: &[String], listen: IpAddr) -> Vec<String
     names
 }
 
-/// A connection, counted as long as it lives.
+/// Whether a connection has brought a request. Every request carries it as an extension.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Used(Arc<AtomicBool>);
+
+impl Used {
+    /// Notes a request.
+    pub fn note(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A connection, counted as long as it lives. It ends when no request comes.
 #[derive(Debug)]
-pub(crate) struct Counted {
-    stream: TlsStream<TcpStream>,
+pub(crate) struct Counted<S = TlsStream<TcpStream>> {
+    stream: S,
+    used: Used,
+    /// Until the first request.
+    deadline: Option<Pin<Box<Sleep>>>,
     _permit: OwnedSemaphorePermit,
 }
 
-impl Connected for Counted {
-    type ConnectInfo = ();
+impl<S> Counted<S> {
+    fn new(stream: S, permit: OwnedSemaphorePermit) -> Self {
+        Self {
+            stream,
+            used: Used::default(),
+            deadline: Some(Box::pin(sleep(FIRST_REQUEST_TIMEOUT))),
+            _permit: permit,
+        }
+    }
 
-    fn connect_info(&self) {}
+    fn is_overdue(&mut self, context: &mut Context<'_>) -> bool {
+        if self.used.0.load(Ordering::Relaxed) {
+            self.deadline = None;
+        }
+        let deadline = self.deadline.as_mut();
+        deadline.is_some_and(|deadline| deadline.as_mut().poll(context).is_ready())
+    }
 }
 
-impl AsyncRead for Counted {
+impl<S> Connected for Counted<S> {
+    type ConnectInfo = Used;
+
+    fn connect_info(&self) -> Used {
+        self.used.clone()
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.is_overdue(context) {
+            return Poll::Ready(Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "no request came on the connection",
+            )));
+        }
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
 
-impl AsyncWrite for Counted {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -235,7 +311,7 @@ pub(crate) fn accept(
                 Ok(accepted) => accepted,
                 Err(error) => {
                     warn!(%error, "could not accept");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
@@ -246,12 +322,7 @@ pub(crate) fn accept(
                 match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
                     Ok(Ok(stream)) => {
                         // Fails only when the server is gone.
-                        let _ = ready
-                            .send(Ok(Counted {
-                                stream,
-                                _permit: permit,
-                            }))
-                            .await;
+                        let _ = ready.send(Ok(Counted::new(stream, permit))).await;
                     }
                     Ok(Err(error)) => {
                         metrics.handshakes_failed.inc();
@@ -267,4 +338,84 @@ pub(crate) fn accept(
         }
     });
     connections
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::{
+        ClientConfig, NamedGroup, RootCertStore,
+        pki_types::{CertificateDer, pem::PemObject},
+    };
+
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    fn serving(now: SystemTime) -> Serving {
+        let lifetime = Duration::from_secs(3600);
+        let authority = Authority::ephemeral("cluster.local", lifetime, now).expect("made");
+        let names = serving_names(&[], [127, 0, 0, 1].into());
+        Serving::new(Arc::new(authority), names, now).expect("signed")
+    }
+
+    #[tokio::test]
+    async fn the_key_exchange_is_hybrid_post_quantum_with_clients_that_offer_it() {
+        let serving = Arc::new(serving(SystemTime::now()));
+        let mut roots = RootCertStore::empty();
+        let pem = serving.authority.roots_pem().as_bytes();
+        let root = CertificateDer::from_pem_slice(pem).expect("a root");
+        roots.add(root).expect("usable");
+        let client = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("supported")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let server = TlsAcceptor::from(Arc::new(tls_config(serving).expect("usable")));
+        let client = tokio_rustls::TlsConnector::from(Arc::new(client));
+        let (near, far) = tokio::io::duplex(16 * 1024);
+        let name = "localhost".try_into().expect("a name");
+        let (client, server) = tokio::join!(client.connect(name, near), server.accept(far));
+        let (_client, server) = (client.expect("trusted"), server.expect("served"));
+        let group = server.get_ref().1.negotiated_key_exchange_group();
+        assert_eq!(
+            group.map(|group| group.name()),
+            Some(NamedGroup::X25519MLKEM768)
+        );
+    }
+
+    #[test]
+    fn the_serving_certificate_follows_the_wall_clock() {
+        let start = SystemTime::now();
+        let serving = serving(start);
+        let renewed = |now| {
+            let before = serving.read().key.clone();
+            serving.renew_if_due(now);
+            !Arc::ptr_eq(&before, &serving.read().key)
+        };
+        assert!(!renewed(start + SERVING_LIFETIME / 2 - RENEWAL_TICK));
+        assert!(renewed(start + SERVING_LIFETIME / 2), "half of its life");
+        assert!(!renewed(start + SERVING_LIFETIME / 2));
+        assert!(
+            renewed(start),
+            "the clock went back: it would not be valid yet"
+        );
+        assert!(!renewed(start - RENEWAL_TICK), "a small correction");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_ends_when_no_request_comes() {
+        let permits = Arc::new(Semaphore::new(2));
+        for used in [false, true] {
+            let permit = permits.clone().acquire_owned().await.expect("free");
+            let (stream, _client) = tokio::io::duplex(64);
+            let mut connection = Counted::new(stream, permit);
+            if used {
+                connection.connect_info().note();
+            }
+            let read = timeout(FIRST_REQUEST_TIMEOUT * 2, connection.read_u8()).await;
+            let ended = read
+                .is_ok_and(|read| read.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut));
+            assert_ne!(ended, used);
+        }
+    }
 }

@@ -15,7 +15,7 @@ use mesh_api::proto::{
         DeltaDiscoveryRequest, DeltaDiscoveryResponse, Status as WireStatus,
         aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
     },
-    security::AUTHORIZATION_TYPE_URL,
+    security::{AUTHORIZATION_TYPE_URL, Authorization},
     workload::ADDRESS_TYPE_URL,
 };
 use mesh_control::{
@@ -23,6 +23,7 @@ use mesh_control::{
     config::{ControlConfig, NodesConfig, ServerConfig, SourceConfig},
 };
 use prometheus::Registry;
+use prost::Message as _;
 use prost_types::{Struct, Value, value::Kind};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_RSA_SHA256};
 use tokio::{
@@ -275,6 +276,53 @@ async fn an_agent_follows_changes_of_the_folder_and_reconnects() {
     assert!(difference.resources.is_empty());
     assert_eq!(difference.removed_resources, ["Kubernetes//Pod/shop/web"]);
     world.control.shutdown().await;
+}
+
+/// The policies that a new agent is told.
+async fn policies(world: &World) -> Vec<Authorization> {
+    let first = subscribe(AUTHORIZATION_TYPE_URL);
+    let mut client = Client::connect(world, TOKEN, first).await.unwrap();
+    let told = client.next().await.resources.into_iter();
+    told.map(|it| Authorization::decode(&*it.resource.unwrap().value).unwrap())
+        .collect()
+}
+
+#[tokio::test]
+async fn a_policy_that_is_bad_at_a_restart_opens_nothing() {
+    const DENY: &str = "apiVersion: weft.dev/v1alpha1\nkind: AuthorizationPolicy\n\
+        metadata: {name: closed, namespace: shop}\nspec: {action: DENY, rules: [{}]}\n---\n";
+    let world = World::start(&(DENY.to_owned() + &pod("web", "node-a", "10.0.0.1"))).await;
+    let before = policies(&world).await;
+    assert_eq!(before.len(), 1);
+    world.control.shutdown().await;
+
+    let bad = DENY.replace("rules: [{}]", "rules: [{frm: []}]");
+    let path = world.folder.path().to_owned();
+    let config = || config(&path);
+    let file = path.join("manifests/all.yaml");
+    fs::write(&file, bad + &pod("web", "node-a", "10.0.0.1")).unwrap();
+    let control = ControlPlane::start(config(), Registry::new()).await;
+    let world = World {
+        control: control.unwrap(),
+        ..world
+    };
+    assert_eq!(policies(&world).await, before, "everything is denied still");
+    assert_eq!(
+        world
+            .metric("weft_control_source_problems")
+            .await
+            .as_deref(),
+        Some("2"),
+        "the mistake and what it does"
+    );
+
+    world.control.shutdown().await;
+    fs::write(&file, [0xff]).unwrap();
+    let unread = ControlPlane::start(config(), Registry::new()).await;
+    assert!(
+        matches!(unread, Err(StartError::Source(_))),
+        "agents keep what they know: {unread:?}"
+    );
 }
 
 #[tokio::test]

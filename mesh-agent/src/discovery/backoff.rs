@@ -9,7 +9,7 @@ pub const BACKOFF_MIN: Duration = Duration::from_millis(10);
 /// Longest wait. An agent has to be back within 5 s of the control plane (reliability, row 32), and because the wait is
 /// drawn evenly from everything up to this, many agents spread over the same 5 s instead of arriving together.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// A stream that lived this long was healthy: the next failure starts from [`BACKOFF_MIN`] again. Longer than
+/// A stream that was served this long was healthy: the next failure starts from [`BACKOFF_MIN`] again. Longer than
 /// [`BACKOFF_MAX`], so that a control plane that accepts and fails at once is not hammered.
 pub const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 
@@ -29,7 +29,7 @@ impl<R: Rng> Backoff<R> {
         }
     }
 
-    /// The wait after an attempt that lasted `lived`.
+    /// The wait after an attempt that was served for `lived`: from its first response to its end.
     pub fn after(&mut self, lived: Duration) -> Duration {
         if lived >= HEALTHY_AFTER {
             self.ceiling = BACKOFF_MIN;

@@ -300,9 +300,11 @@ impl DiscoveryClient {
 
     async fn reconnect_for_ever(&mut self) {
         loop {
-            let start = Instant::now();
-            let Err(error) = self.stream().await;
-            let wait = self.backoff.after(start.elapsed());
+            let mut answered = None;
+            let Err(error) = self.stream(&mut answered).await;
+            // A control plane that accepts and then hangs never lived, however long that took.
+            let lived = answered.map_or(Duration::ZERO, |since: Instant| since.elapsed());
+            let wait = self.backoff.after(lived);
             warn!(%error, wait_ms = wait.as_millis(), "no discovery stream");
             self.status.send_modify(|status| {
                 status.phase = if status.ready {
@@ -316,8 +318,11 @@ impl DiscoveryClient {
         }
     }
 
-    /// One stream, from connecting to its end.
-    async fn stream(&mut self) -> Result<std::convert::Infallible, DiscoveryError> {
+    /// One stream, from connecting to its end; `answered` is when its first response came.
+    pub(super) async fn stream(
+        &mut self,
+        answered: &mut Option<Instant>,
+    ) -> Result<std::convert::Infallible, DiscoveryError> {
         let channel = self.connect().await?;
         let mut client = AggregatedDiscoveryServiceClient::new(channel)
             .max_decoding_message_size(RESPONSE_MAX_BYTES);
@@ -347,6 +352,7 @@ impl DiscoveryClient {
                 .await
                 .map_err(|status| DiscoveryError::Stream(status.to_string()))?;
             let response = response.ok_or(DiscoveryError::Closed)?;
+            answered.get_or_insert_with(Instant::now);
             let reply = self.react(response);
             requests
                 .try_send(reply)

@@ -26,11 +26,11 @@ use crate::policy::PolicyError;
 
 /// Most addresses of one workload, or virtual addresses of one service. Pods have two; services of many networks have
 /// tens. The limit keeps one resource from filling the address index.
-pub const ADDRESSES_MAX: usize = 256;
+pub use mesh_api::limits::ADDRESSES_MAX;
 /// Most services that one workload is a member of.
 pub const SERVICES_PER_WORKLOAD_MAX: usize = 1_024;
 /// Most ports of one service, and most port mappings of one workload in one service.
-pub const PORTS_MAX: usize = 4_096;
+pub use mesh_api::limits::PORTS_MAX;
 /// Most policies that select one workload by name.
 pub const POLICIES_PER_WORKLOAD_MAX: usize = 4_096;
 /// Longest resource name or free-text field, in bytes. Kubernetes names are at most 253 bytes, and a workload's uid

@@ -72,6 +72,8 @@ pub struct MeshState {
     pub(super) by_vip: HashMap<Arc<str>, HashMap<IpAddr, BTreeSet<NamespacedName>>>,
     pub(super) ranges: HashMap<Arc<str>, Ranges>,
     pub(super) policies: PolicyIndex,
+    /// All policies were told once, by the control plane or by the snapshot. "None" means nothing before.
+    policies_known: bool,
     dead: BTreeSet<SocketAddr>,
     /// Entries visited by changes, so that a test can tell that their cost does not grow with the mesh.
     #[cfg(test)]
@@ -136,6 +138,7 @@ impl MeshState {
             }
             Change::RemoveAddress(name) => self.remove_address(&name),
             Change::RemovePolicy(name) => name.parse().is_ok_and(|key| self.policies.remove(&key)),
+            Change::PoliciesKnown => !std::mem::replace(&mut self.policies_known, true),
         }
     }
 
@@ -160,9 +163,12 @@ impl MeshState {
     }
 
     /// Every policy that applies to `workload`: its namespace's, the global ones, and those that select it.
-    /// A policy that is listed but unknown makes the answer `None`: unknown means deny.
+    /// `None` before the policies were told, and when a policy that is listed is unknown: unknown means deny.
     #[must_use]
     pub fn policies(&self, workload: &Workload) -> Option<Vec<Arc<Policy>>> {
+        if !self.policies_known {
+            return None;
+        }
         let mut found: Vec<Arc<Policy>> = self.policies.global.values().cloned().collect();
         found.extend(
             self.policies

@@ -176,6 +176,8 @@ impl Subscription {
                 &mut rejected,
             );
         }
+        // Only a state of which both types were known is ever saved.
+        updates.push(Update::policies_known());
         (updates, rejected)
     }
 
@@ -254,6 +256,9 @@ impl Subscription {
                 Kind::Address => Update::remove_address(&name),
                 Kind::Authorization => Update::remove_policy(&name),
             });
+        }
+        if kind == Kind::Authorization && !state.answered {
+            updates.push(Update::policies_known());
         }
         state.answered = true;
         state.answered_now = true;

@@ -28,6 +28,7 @@ pub(super) enum Change {
     StandIn(Arc<Policy>),
     RemoveAddress(Arc<str>),
     RemovePolicy(Arc<str>),
+    PoliciesKnown,
 }
 
 /// A policy that was refused, and what takes its place while no good version is held.
@@ -133,6 +134,12 @@ impl Update {
     #[must_use]
     pub fn remove_policy(name: &str) -> Self {
         Self(Change::RemovePolicy(name.into()))
+    }
+
+    /// Every policy there is was told, even if that is none. Before, no connection is allowed.
+    #[must_use]
+    pub fn policies_known() -> Self {
+        Self(Change::PoliciesKnown)
     }
 }
 

@@ -52,6 +52,19 @@ pub fn provider() -> Arc<CryptoProvider> {
     })
 }
 
+/// The cryptography of everything but tunnels, above all the control channel: the library's defaults, so that any control
+/// plane can be spoken to, but hybrid post-quantum key exchange is preferred here as well.
+#[must_use]
+pub fn control_provider() -> CryptoProvider {
+    let mut provider = aws_lc_rs::default_provider();
+    let preferred = aws_lc_rs::kx_group::X25519MLKEM768;
+    provider
+        .kx_groups
+        .retain(|group| group.name() != preferred.name());
+    provider.kx_groups.insert(0, preferred);
+    provider
+}
+
 /// The server name that rustls asks for. It is neither sent nor verified.
 #[must_use]
 pub fn dummy_server_name() -> ServerName<'static> {

@@ -32,7 +32,7 @@ use crate::{
     },
     config::AgentConfig,
     discovery::{DiscoveryClient, DiscoveryConfig, DiscoveryStatus, Mesh},
-    identity::{Certificates, IdentityConfig},
+    identity::{Certificates, IdentityConfig, tls},
     proxy::{Limits, ProxyContext, ServeHandle, TunnelCodec, Workers},
     sys,
     telemetry::{Telemetry, logging::LogControl},
@@ -69,7 +69,7 @@ impl Agent {
 pub fn run(config: AgentConfig, logs: LogControl) -> Result<(), AgentError> {
     let system = |what| move |source| AgentError::System { what, source };
     raise_descriptor_limit();
-    rustls::crypto::aws_lc_rs::default_provider()
+    tls::control_provider()
         .install_default()
         .map_err(|_| AgentError::CryptoProvider)?;
     let run_dir = RunDir::open(&config.node.run_dir)?;

@@ -10,7 +10,7 @@ use crate::discovery::convert::{Fault, ip_range};
 
 /// Most values in one policy, over all its rules. The largest generated policies name some thousand ranges; the limit
 /// bounds the time of one decision.
-pub const VALUES_PER_POLICY_MAX: usize = 10_000;
+pub use mesh_api::limits::VALUES_PER_POLICY_MAX;
 
 /// Why a policy cannot be enforced. The policy has to be changed where it was written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

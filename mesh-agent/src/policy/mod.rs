@@ -1,7 +1,8 @@
 //! L4 authorization at the destination. Pure: it takes the state and a connection and gives a decision.
 //!
-//! Order: a listed policy that is unknown denies; then any DENY policy that matches denies; then, if there is any
-//! ALLOW policy, one of them has to match. Audit policies (`dry_run`) never change the verdict.
+//! Order: before the policies were told once, and where a listed policy is unknown, every connection is denied; then
+//! any DENY policy that matches denies; then, if there is any ALLOW policy, one of them has to match. Audit policies
+//! (`dry_run`) never change the verdict.
 //!
 //! **Policies that cannot be enforced.** When a policy is refused at conversion and no earlier good version of it is
 //! held, what it would have forbidden must not become allowed: a refused ALLOW policy counts as one that matches
@@ -53,7 +54,7 @@ pub enum Decision {
     Allowed(Authorized),
     /// Refuse.
     Denied {
-        /// The DENY policy that matched; `None` when no ALLOW policy did, or a listed policy is unknown.
+        /// The DENY policy that matched; `None` when no ALLOW policy did, or policies are unknown.
         policy: Option<NamespacedName>,
         /// The audit (dry-run) policies that would have denied it too.
         audited: Vec<NamespacedName>,

@@ -12,15 +12,20 @@ use k8s_openapi::{
 };
 
 use super::{
-    AuthorizationPolicy, ENROL_LABEL, ExternalWorkload, MeshPolicy, Object, Source, StringPattern,
-    WorkloadSelector,
+    AuthorizationPolicy, ENROL_LABEL, ExternalWorkload, MeshPolicy, Object, Rule, Source,
+    StringPattern, WorkloadSelector,
 };
-use crate::identity::Identity;
+use crate::{
+    identity::Identity,
+    limits::{ADDRESSES_MAX, PORTS_MAX, VALUES_PER_POLICY_MAX},
+};
 
 /// Longest object name (RFC 1123 subdomain as Kubernetes limits it), in bytes.
 const NAME_MAX_BYTES: usize = 253;
 /// Longest namespace, label value or name part of a label key, in bytes.
 const LABEL_MAX_BYTES: usize = 63;
+/// Most ports of a MeshPolicy: each is a value of the policy that is made of it, beside a few of its own.
+const MODE_PORTS_MAX: usize = VALUES_PER_POLICY_MAX - 10;
 
 /// Something wrong with the value of one field.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +56,23 @@ impl Problems {
     fn port(&mut self, field: String, port: i64) {
         if !(1..=i64::from(u16::MAX)).contains(&port) {
             self.add(field, format!("port {port} is not between 1 and 65535"));
+        }
+    }
+
+    fn count(&mut self, field: &str, count: usize, max: usize) {
+        if count > max {
+            self.add(
+                field,
+                format!("has {count} values, at most {max} are allowed"),
+            );
+        }
+    }
+
+    fn short(&mut self, field: &str, text: &str) {
+        let bytes = text.len();
+        if bytes > NAME_MAX_BYTES {
+            let message = format!("is {bytes} bytes long, at most {NAME_MAX_BYTES} are allowed");
+            self.add(field, message);
         }
     }
 
@@ -98,7 +120,10 @@ pub fn parse_address(text: &str) -> Result<IpAddr, String> {
     Ok(address)
 }
 
-/// Reads an address or a range of addresses, host bits cleared.
+/// Bits of the prefix of IPv4-mapped IPv6 addresses (RFC 4291 section 2.5.5.2).
+const MAPPED_PREFIX_BITS: u8 = 96;
+
+/// Reads an address or a range of addresses, host bits cleared; IPv4-mapped IPv6 becomes IPv4.
 ///
 /// # Errors
 /// A message for the user when `text` is neither.
@@ -109,7 +134,16 @@ pub fn parse_block(text: &str) -> Result<IpNet, String> {
     let block: IpNet = text
         .parse()
         .map_err(|_| format!("{text:?} is neither an address nor a range"))?;
-    Ok(block.trunc())
+    let block = block.trunc();
+    let IpAddr::V4(mapped) = block.network().to_canonical() else {
+        return Ok(block);
+    };
+    if block.addr().is_ipv4() {
+        return Ok(block);
+    }
+    let bits = block.prefix_len().checked_sub(MAPPED_PREFIX_BITS);
+    let bits = bits.ok_or_else(|| format!("{text:?} is neither a range of IPv4 nor of IPv6"))?;
+    IpNet::new(mapped.into(), bits).map_err(|error| format!("{text:?}: {error}"))
 }
 
 pub(super) fn object(object: &Object) -> Vec<FieldProblem> {
@@ -130,7 +164,7 @@ pub(super) fn object(object: &Object) -> Vec<FieldProblem> {
 fn metadata(object: &Object, problems: &mut Problems) {
     let metadata = object.metadata();
     let key = object.key();
-    if !is_dns_name(&key.name, NAME_MAX_BYTES) {
+    if !is_name(&key.name) {
         let message = format!(
             "{:?} is not a name: lower-case letters, digits, `-` and `.`",
             key.name
@@ -138,7 +172,7 @@ fn metadata(object: &Object, problems: &mut Problems) {
         problems.add("metadata.name", message);
     }
     if object.kind().namespaced() {
-        if key.namespace.contains('.') || !is_dns_name(&key.namespace, LABEL_MAX_BYTES) {
+        if !is_namespace(&key.namespace) {
             problems.add(
                 "metadata.namespace",
                 format!("{:?} is not a namespace", key.namespace),
@@ -167,6 +201,8 @@ fn check_pod(pod: &Pod, problems: &mut Problems) {
         if let Some(ip) = &status.pod_ip {
             problems.address("status.podIP".into(), ip);
         }
+        let count = status.pod_ips.as_ref().map_or(0, Vec::len);
+        problems.count("status.podIPs", count, ADDRESSES_MAX);
         for (index, ip) in status.pod_ips.iter().flatten().enumerate() {
             problems.address(format!("status.podIPs[{index}].ip"), &ip.ip);
         }
@@ -175,6 +211,10 @@ fn check_pod(pod: &Pod, problems: &mut Problems) {
         problems.add("spec", "is required");
         return;
     };
+    problems.short(
+        "spec.nodeName",
+        spec.node_name.as_deref().unwrap_or_default(),
+    );
     if let Some(account) = &spec.service_account_name {
         problems.service_account("spec.serviceAccountName", account);
     }
@@ -198,6 +238,13 @@ fn check_service(service: &Service, problems: &mut Problems) {
     {
         problems.address("spec.clusterIP".into(), ip);
     }
+    let count = |values: Option<usize>| values.unwrap_or(0);
+    let (addresses, ports) = (
+        spec.cluster_ips.as_ref().map(Vec::len),
+        spec.ports.as_ref().map(Vec::len),
+    );
+    problems.count("spec.clusterIPs", count(addresses), ADDRESSES_MAX);
+    problems.count("spec.ports", count(ports), PORTS_MAX);
     for (index, ip) in spec.cluster_ips.iter().flatten().enumerate() {
         if ip != "None" {
             problems.address(format!("spec.clusterIPs[{index}]"), ip);
@@ -265,6 +312,8 @@ fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
 
 fn check_authorization(policy: &AuthorizationPolicy, problems: &mut Problems) {
     problems.selector(policy.spec.selector.as_ref());
+    let values = policy.spec.rules.iter().map(values_of_rule).sum();
+    problems.count("spec.rules", values, VALUES_PER_POLICY_MAX);
     for (index, rule) in policy.spec.rules.iter().enumerate() {
         for (from, source) in rule.from.iter().enumerate() {
             check_source(
@@ -286,6 +335,26 @@ fn check_authorization(policy: &AuthorizationPolicy, problems: &mut Problems) {
             }
         }
     }
+}
+
+/// As an agent counts: every rule, its two clauses where they exist, their members and the values of those.
+fn values_of_rule(rule: &Rule) -> usize {
+    let from = rule.from.iter().map(|source| {
+        1 + source.principals.len()
+            + source.not_principals.len()
+            + source.namespaces.len()
+            + source.not_namespaces.len()
+            + source.service_accounts.len()
+            + source.not_service_accounts.len()
+            + source.ip_blocks.len()
+            + source.not_ip_blocks.len()
+    });
+    let to = rule
+        .to
+        .iter()
+        .map(|operation| 1 + operation.ports.len() + operation.not_ports.len());
+    let clauses = usize::from(!rule.from.is_empty()) + usize::from(!rule.to.is_empty());
+    1 + clauses + from.sum::<usize>() + to.sum::<usize>()
 }
 
 fn check_source(field: &str, source: &Source, problems: &mut Problems) {
@@ -337,6 +406,8 @@ fn check_mesh_policy(policy: &MeshPolicy, problems: &mut Problems) {
         .mtls
         .as_ref()
         .and_then(|mtls| mtls.ports.as_ref());
+    let count = ports.map_or(0, BTreeMap::len);
+    problems.count("spec.mtls.ports", count, MODE_PORTS_MAX);
     for port in ports.into_iter().flat_map(BTreeMap::keys) {
         if !port.parse::<u16>().is_ok_and(|number| number > 0) {
             problems.add(
@@ -352,6 +423,14 @@ fn check_external(workload: &ExternalWorkload, problems: &mut Problems) {
     if spec.addresses.is_empty() {
         problems.add("spec.addresses", "needs at least one address");
     }
+    problems.count("spec.addresses", spec.addresses.len(), ADDRESSES_MAX);
+    problems.short("spec.node", spec.node.as_deref().unwrap_or_default());
+    problems.short("spec.network", spec.network.as_deref().unwrap_or_default());
+    if let Some(locality) = &spec.locality {
+        problems.short("spec.locality.region", &locality.region);
+        problems.short("spec.locality.zone", &locality.zone);
+        problems.short("spec.locality.subzone", &locality.subzone);
+    }
     for (index, address) in spec.addresses.iter().enumerate() {
         problems.address(format!("spec.addresses[{index}]"), address);
     }
@@ -364,6 +443,19 @@ fn check_external(workload: &ExternalWorkload, problems: &mut Problems) {
     if spec.weight == Some(0) {
         problems.add("spec.weight", "must be at least 1");
     }
+}
+
+pub(super) fn is_name(text: &str) -> bool {
+    is_dns_name(text, NAME_MAX_BYTES)
+}
+
+pub(super) fn is_namespace(text: &str) -> bool {
+    !text.contains('.') && is_dns_name(text, LABEL_MAX_BYTES)
+}
+
+pub(super) fn are_labels(labels: &BTreeMap<String, String>) -> bool {
+    let mut labels = labels.iter();
+    labels.all(|(key, value)| is_label_key(key) && is_label_value(value))
 }
 
 fn is_dns_name(text: &str, max_bytes: usize) -> bool {

@@ -6,8 +6,13 @@
 
 mod check;
 mod crds;
+mod stand_in;
 
-use std::{fmt, str::FromStr};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    fmt,
+    str::FromStr,
+};
 
 use k8s_openapi::{
     api::{
@@ -24,6 +29,7 @@ pub use crds::{
     ExternalWorkloadSpec, FailureMode, MeshPolicy, MeshPolicySpec, Mtls, MtlsMode, Operation, Rule,
     SameNode, Source, StringPattern, StringPatternError, Toggle, WorkloadSelector,
 };
+pub use stand_in::RefusedPolicy;
 
 /// Label on a pod, an `ExternalWorkload` or a namespace that enrols it: `enabled` or `disabled`.
 pub const ENROL_LABEL: &str = "weft.dev/mesh";
@@ -265,38 +271,46 @@ pub struct Parsed {
     pub objects: Vec<Located>,
     /// What was refused, and why.
     pub problems: Vec<Problem>,
+    /// What could be read of the policies among it.
+    pub refused_policies: Vec<RefusedPolicy>,
 }
 
 /// Reads every document of `text`. Empty documents are skipped.
 #[must_use]
 pub fn parse(text: &str) -> Parsed {
     let mut parsed = Parsed::default();
+    let mut lines = HashMap::new();
     for document in split_documents(text) {
         match read_document(&document) {
             Ok(None) => {}
-            Ok(Some(object)) => keep(&mut parsed, &document, object),
-            Err(problems) => parsed.problems.extend(problems),
+            Ok(Some(object)) => keep(&mut parsed, &mut lines, &document, object),
+            Err(problems) => {
+                parsed.problems.extend(problems);
+                parsed
+                    .refused_policies
+                    .extend(stand_in::refused_policy(document.body));
+            }
         }
     }
     parsed
 }
 
-fn keep(parsed: &mut Parsed, document: &Document<'_>, object: Object) {
-    let key = object.key();
-    let earlier = parsed
-        .objects
-        .iter()
-        .find(|located| located.object.key() == key);
-    if let Some(earlier) = earlier {
-        let message = format!(
-            "the same object is already defined at line {} of this text",
-            earlier.line
-        );
-        parsed
-            .problems
-            .push(document.problem(Some(&key), String::new(), message));
-        return;
-    }
+/// `lines` says where every object of the text was first defined.
+fn keep(
+    parsed: &mut Parsed,
+    lines: &mut HashMap<ObjectKey, usize>,
+    document: &Document<'_>,
+    object: Object,
+) {
+    match lines.entry(object.key()) {
+        Entry::Occupied(earlier) => {
+            let (key, line) = (earlier.key(), earlier.get());
+            let message = format!("the same object is already defined at line {line} of this text");
+            let problem = document.problem(Some(key), String::new(), message);
+            return parsed.problems.push(problem);
+        }
+        Entry::Vacant(free) => free.insert(document.line),
+    };
     parsed.objects.push(Located {
         line: document.line,
         object,

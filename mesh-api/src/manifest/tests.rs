@@ -1,4 +1,5 @@
 use super::*;
+use crate::limits::{ADDRESSES_MAX, VALUES_PER_POLICY_MAX};
 
 const POD: &str =
     "apiVersion: v1\nkind: Pod\nmetadata: {name: web, namespace: shop}\nspec: {nodeName: a}\n";
@@ -213,4 +214,140 @@ fn the_documented_example_is_valid() {
         .map(|located| located.object.kind())
         .collect();
     assert_eq!(kinds.len(), Kind::ALL.len(), "an example of every kind");
+}
+
+/// The stand-ins of a text's refused policies, as `kind namespace/name`.
+fn stand_ins(text: &str) -> Vec<String> {
+    let parsed = parse(text);
+    assert!(!parsed.problems.is_empty(), "{text}");
+    let policies = parsed.refused_policies.iter();
+    policies
+        .map(|policy| {
+            let object = policy.stand_in("root");
+            let key = object.key();
+            let name = if policy.is_named() { &key.name } else { "?" };
+            format!("{} {}/{name}", key.kind, key.namespace)
+        })
+        .collect()
+}
+
+#[test]
+fn of_a_refused_policy_as_much_is_read_as_can_be() {
+    let named = ["AuthorizationPolicy shop/it"];
+    assert_eq!(
+        stand_ins(&weft("AuthorizationPolicy", "{rulez: []}")),
+        named
+    );
+    assert_eq!(stand_ins(&weft("AuthorizationPolicy", "{rules: [")), named);
+    assert_eq!(stand_ins(&weft("AuthorizationPolicy", "[]")), named);
+    assert_eq!(
+        stand_ins(&weft("MeshPolicy", "{mtls: {mode: STRIKT}}")),
+        ["MeshPolicy shop/it"]
+    );
+    let nowhere = |kind: &str| weft(kind, "{rules: [").replace("namespace: shop", "namespace: [");
+    assert_eq!(
+        stand_ins(&nowhere("AuthorizationPolicy")),
+        ["AuthorizationPolicy root/?"]
+    );
+    // A policy against plaintext: a mesh-wide MeshPolicy would yield to more specific ones.
+    assert_eq!(
+        stand_ins(&nowhere("MeshPolicy")),
+        ["AuthorizationPolicy root/?"]
+    );
+    assert_eq!(
+        stand_ins("{\"kind\": \"AuthorizationPolicy\", "),
+        ["AuthorizationPolicy root/?"]
+    );
+    let none: [&str; 0] = [];
+    assert_eq!(
+        stand_ins(&weft("AuthorizationPolicy", "{action: AUDIT, rulez: []}")),
+        none,
+        "it forbids nothing"
+    );
+    assert_eq!(stand_ins("# AuthorizationPolicy\nkind: Pod\nspec: ["), none);
+    assert_eq!(stand_ins(&POD.replace("nodeName", "nodeNam")), none);
+    assert_eq!(stand_ins("[ no manifest"), none);
+}
+
+#[test]
+fn a_stand_in_keeps_only_a_selector_that_is_understood() {
+    let selector = |spec: &str| {
+        let parsed = parse(&weft("AuthorizationPolicy", spec));
+        match parsed.refused_policies[0].stand_in("root") {
+            Object::AuthorizationPolicy(policy) => policy.spec.selector.is_some(),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(selector("{selector: {matchLabels: {app: a}}, rulez: []}"));
+    assert!(!selector("{selector: {matchLabelz: {app: a}}, rules: []}"));
+    assert!(!selector("{selector: {matchLabels: {app: [a]}}}"));
+    assert!(!selector("{selektor: {matchLabels: {app: a}}}"));
+}
+
+#[test]
+fn a_stand_in_is_at_least_as_strict_as_the_policy() {
+    let spec = |spec: &str| match parse(&weft("AuthorizationPolicy", spec)).refused_policies[0]
+        .stand_in("root")
+    {
+        Object::AuthorizationPolicy(policy) => (policy.spec.action, policy.spec.rules.len()),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(spec("{action: ALLOW, rulez: []}"), (Action::Allow, 0));
+    assert_eq!(spec("{action: DENY, rulez: []}"), (Action::Deny, 1));
+    assert_eq!(spec("{acton: DENY, rules: []}"), (Action::Deny, 1));
+    let mesh = parse(&weft("MeshPolicy", "{mtls: {mod: STRICT}}"));
+    let Object::MeshPolicy(mesh) = mesh.refused_policies[0].stand_in("root") else {
+        panic!("a MeshPolicy");
+    };
+    let mtls = mesh.spec.mtls.expect("set");
+    assert_eq!(mtls.mode, Some(MtlsMode::Strict));
+    assert!(mtls.ports.is_some_and(|ports| ports.is_empty()));
+}
+
+#[test]
+fn what_no_agent_would_take_is_refused_here() {
+    let list = |count: usize, of: &dyn Fn(usize) -> String| {
+        let values: Vec<_> = (0..count).map(of).collect();
+        values.join(", ")
+    };
+    let address = |index: usize| format!("10.0.{}.{}", index / 250, index % 250 + 1);
+    let external = |addresses: usize, rest: &str| {
+        let spec = format!("{{addresses: [{}]{rest}}}", list(addresses, &address));
+        weft("ExternalWorkload", &spec)
+    };
+    assert!(parse(&external(ADDRESSES_MAX, "")).problems.is_empty());
+    assert_eq!(
+        problem(&external(ADDRESSES_MAX + 1, "")),
+        "spec.addresses: has 257 values, at most 256 are allowed"
+    );
+    let long = "n".repeat(254);
+    assert!(problem(&external(1, &format!(", node: {long}"))).starts_with("spec.node: "));
+    assert!(problem(&external(1, &format!(", network: {long}"))).starts_with("spec.network: "));
+    let pod = POD.replace("nodeName: a", &format!("nodeName: {long}"));
+    assert!(problem(&pod).starts_with("spec.nodeName: "));
+
+    // A rule, its clause and its source count as well.
+    let policy = |values: usize| {
+        let names = list(values, &|index| format!("ns{index}"));
+        weft(
+            "AuthorizationPolicy",
+            &format!("{{rules: [{{from: [{{namespaces: [{names}]}}]}}]}}"),
+        )
+    };
+    assert!(
+        parse(&policy(VALUES_PER_POLICY_MAX - 3))
+            .problems
+            .is_empty()
+    );
+    assert!(problem(&policy(VALUES_PER_POLICY_MAX - 2)).starts_with("spec.rules: has 10001 "));
+}
+
+#[test]
+fn mapped_blocks_are_blocks_of_ipv4() {
+    let block = |text: &str| parse_block(text).map(|block| block.to_string());
+    assert_eq!(block("::ffff:10.1.2.3/104").as_deref(), Ok("10.0.0.0/8"));
+    assert_eq!(block("::ffff:10.1.2.3").as_deref(), Ok("10.1.2.3/32"));
+    assert_eq!(block("::/0").as_deref(), Ok("::/0"));
+    assert_eq!(block("10.1.2.3/8").as_deref(), Ok("10.0.0.0/8"));
+    assert_eq!(block("fd00::1/64").as_deref(), Ok("fd00::/64"));
 }

@@ -2,17 +2,20 @@
 //!
 //! The kernel says (inotify) when a file was closed after writing or renamed into place, so that a half-written file is
 //! not read. A slow comparison of all files beside it covers what the kernel does not report, such as file
-//! systems of other machines.
+//! systems of other machines. Single events are believed at once; that a whole folder, or files of it, are gone only when a
+//! later look confirms it (`steady`).
 
 pub mod folder;
+mod steady;
 mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fmt, fs, io,
     io::Read,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -23,6 +26,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 pub use folder::{FileProblem, Folder};
+use steady::{FolderId, Listing, Steady};
 use watch::{FolderWatch, Seen};
 
 use crate::{hub::Hub, index::Change, telemetry::Metrics};
@@ -37,19 +41,32 @@ const DEBOUNCE: Duration = Duration::from_millis(20);
 const DEBOUNCE_MAX: Duration = Duration::from_millis(200);
 /// How often all files are compared although the kernel reported nothing.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(30);
-/// The same while the kernel cannot report anything.
+/// The same while the kernel cannot report anything, and while something was seen that a later look has to confirm. Also
+/// how often the path is checked to still lead to the same folder.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// A file that changed more recently may still be being written: comparisons (not events) leave it for next time.
+/// A file that changed more recently may still be being written: comparisons (not events) leave it for next time. Also how
+/// long a replaced folder, or the absence of a file, has to last before it counts.
 const SETTLE: Duration = Duration::from_secs(2);
 
-/// Why the folder cannot be used.
+/// Why the source cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("source folder {path}: {source}")]
-pub struct SourceError {
-    /// The folder.
-    pub path: PathBuf,
-    /// What the system said.
-    pub source: io::Error,
+pub enum SourceError {
+    /// The folder cannot be listed.
+    #[error("source folder {path}: {source}")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A manifest of which nothing is known cannot be read. Mend it, or remove it if what it held is to be forgotten.
+    #[error("source folder {path}: {problem}")]
+    Unread {
+        /// The folder.
+        path: PathBuf,
+        /// The file, and why.
+        problem: FileProblem,
+    },
 }
 
 /// Which files a scan looks at.
@@ -66,32 +83,51 @@ enum Scope {
 /// What tells a changed file from an unchanged one.
 type Fingerprint = (u64, u64, i64, i64, u64);
 
+/// The wall clock, which file systems use.
+#[derive(Clone)]
+struct Clock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
+
+impl fmt::Debug for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Clock")
+    }
+}
+
 /// A folder and what was last read of it.
 #[derive(Debug)]
 pub struct FilesSource {
     path: PathBuf,
     folder: Folder,
     fingerprints: BTreeMap<String, Fingerprint>,
+    steady: Steady,
+    /// A file was left for next time.
+    unsettled: bool,
+    clock: Clock,
     /// Problems of the folder itself.
     own_problems: BTreeSet<FileProblem>,
     reported: BTreeSet<FileProblem>,
 }
 
 impl FilesSource {
-    /// Reads the folder once.
+    /// Reads the folder once. Policies in `root_namespace` apply to the whole mesh.
     ///
     /// # Errors
     /// When the folder itself cannot be read. Bad files are [`FilesSource::problems`], not errors.
-    pub fn open(path: &Path) -> Result<(Self, Vec<Change>), SourceError> {
-        let failed = |source| SourceError {
+    pub fn open(path: &Path, root_namespace: &str) -> Result<(Self, Vec<Change>), SourceError> {
+        let failed = |source| SourceError::Folder {
             path: path.into(),
             source,
         };
         fs::read_dir(path).map_err(failed)?;
+        let mut steady = Steady::default();
+        steady.begin(folder_id(path).map_err(failed)?);
         let mut source = Self {
             path: path.into(),
-            folder: Folder::default(),
+            folder: Folder::new(root_namespace),
             fingerprints: BTreeMap::new(),
+            steady,
+            unsettled: false,
+            clock: Clock(Arc::new(SystemTime::now)),
             own_problems: BTreeSet::new(),
             reported: BTreeSet::new(),
         };
@@ -109,6 +145,21 @@ impl FilesSource {
             .collect()
     }
 
+    /// That every file could be read, well-formed or not. A state without one of them must never be the first to be
+    /// published: what it forbids would be taken for gone.
+    ///
+    /// # Errors
+    /// [`SourceError::Unread`].
+    pub fn require_read(&self) -> Result<(), SourceError> {
+        match self.folder.unread() {
+            None => Ok(()),
+            Some(problem) => Err(SourceError::Unread {
+                path: self.path.clone(),
+                problem,
+            }),
+        }
+    }
+
     /// Logs what was not logged before.
     fn report(&mut self) {
         let problems = self.problems();
@@ -122,39 +173,83 @@ impl FilesSource {
     }
 
     fn scan(&mut self, scope: &Scope) -> Vec<Change> {
+        let now = (self.clock.0)();
         self.own_problems.clear();
-        if let Scope::Files(names) = scope {
-            for name in names {
-                self.scan_file(name, None);
-            }
-            return self.folder.changes();
-        }
-        match self.list() {
-            Ok(names) => {
-                let gone: Vec<String> = self
-                    .folder
-                    .files()
-                    .filter(|file| !names.contains(*file))
-                    .map(Into::into)
-                    .collect();
-                for name in gone {
-                    self.forget(&name);
-                }
-                let settled_before = (*scope == Scope::Settled).then(|| SystemTime::now() - SETTLE);
+        match scope {
+            Scope::Files(names)
+                if folder_id(&self.path).is_ok_and(|id| self.steady.is_same(id)) =>
+            {
                 for name in names {
-                    self.scan_file(&name, settled_before);
+                    self.scan_file(name, None);
                 }
             }
-            // Whoever replaces the folder is busy: what was read stays until it is back.
-            Err(error) => {
-                let message = format!("the folder cannot be read: {error}; the last state stays");
-                self.own_problems.insert(FileProblem {
-                    file: String::new(),
-                    message,
-                });
+            _ => {
+                if let Err(message) = self.scan_all(*scope == Scope::Settled, now) {
+                    self.own_problems.insert(FileProblem {
+                        file: String::new(),
+                        message,
+                    });
+                }
             }
         }
         self.folder.changes()
+    }
+
+    /// Compares everything. `settled`: leave files that changed a moment ago. Whoever replaces the folder is busy: what was
+    /// read stays until another one is complete.
+    fn scan_all(&mut self, settled: bool, now: SystemTime) -> Result<(), String> {
+        self.unsettled = false;
+        let listed = folder_id(&self.path).and_then(|id| Ok((id, self.list()?)));
+        let (id, names) = listed.map_err(|error| {
+            self.steady.lose();
+            format!("the folder cannot be read: {error}; the last state stays")
+        })?;
+        let replaced = !self.steady.is_same(id);
+        let listing = if replaced {
+            self.listing(&names)
+        } else {
+            Listing::new()
+        };
+        if !self.steady.believes(id, listing, now) {
+            return Err(
+                "the folder is another one than before; the last state stays until the new one has had \
+                 manifests that did not change for 2 s"
+                    .to_owned(),
+            );
+        }
+        // All of another folder has settled, and what it lacks is gone.
+        let gone = if replaced {
+            self.absent(&names)
+        } else {
+            self.steady.gone(self.folder.files(), &names, now)
+        };
+        for name in gone {
+            self.forget(&name);
+        }
+        let settled_before = (settled && !replaced).then(|| now - SETTLE);
+        for name in names {
+            self.scan_file(&name, settled_before);
+        }
+        Ok(())
+    }
+
+    fn absent(&self, listed: &BTreeSet<String>) -> Vec<String> {
+        let known = self.folder.files();
+        let absent = known.filter(|file| !listed.contains(*file));
+        absent.map(Into::into).collect()
+    }
+
+    fn listing(&self, names: &BTreeSet<String>) -> Listing {
+        let of = |name: &String| {
+            let metadata = fs::metadata(self.path.join(name)).ok();
+            (name.clone(), metadata.as_ref().map(fingerprint))
+        };
+        names.iter().map(of).collect()
+    }
+
+    /// Whether another look is due soon.
+    fn is_waiting(&self) -> bool {
+        self.unsettled || self.steady.is_waiting()
     }
 
     fn list(&mut self) -> io::Result<BTreeSet<String>> {
@@ -190,24 +285,27 @@ impl FilesSource {
         let metadata = match fs::metadata(&path) {
             Ok(metadata) if metadata.is_file() => metadata,
             Ok(_) => return self.forget(name),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return self.forget(name),
             Err(error) => {
+                // A link that leads nowhere is not a file that was removed.
+                let absent = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+                if absent(&error) && fs::symlink_metadata(&path).is_err_and(|error| absent(&error))
+                {
+                    return self.forget(name);
+                }
                 self.fingerprints.remove(name);
                 return self
                     .folder
                     .update(name, Err(format!("cannot be read: {error}")));
             }
         };
-        let fingerprint = (
-            metadata.dev(),
-            metadata.ino(),
-            metadata.ctime(),
-            metadata.ctime_nsec(),
-            metadata.len(),
-        );
+        let fingerprint = fingerprint(&metadata);
         let unsettled = settled_before
             .is_some_and(|before| metadata.modified().is_ok_and(|modified| modified > before));
-        if unsettled || self.fingerprints.get(name) == Some(&fingerprint) {
+        if self.fingerprints.get(name) == Some(&fingerprint) {
+            return;
+        }
+        if unsettled {
+            self.unsettled = true;
             return;
         }
         self.fingerprints.insert(name.into(), fingerprint);
@@ -229,7 +327,7 @@ impl FilesSource {
         self.report();
         self.publish_metrics(&hub, &metrics);
         loop {
-            let pause = if watch.is_some() {
+            let pause = if watch.is_some() && !self.is_waiting() {
                 RESCAN_INTERVAL
             } else {
                 POLL_INTERVAL
@@ -237,6 +335,10 @@ impl FilesSource {
             let scope = tokio::select! {
                 scope = next_scope(&mut watch) => scope,
                 () = sleep(pause) => Scope::Settled,
+                () = self.leads_elsewhere() => {
+                    watch = None;
+                    Scope::Settled
+                }
                 () = crate::stopped(&mut stop) => return,
             };
             if watch.is_none() {
@@ -264,6 +366,22 @@ impl FilesSource {
                 );
             }
             self.publish_metrics(&hub, &metrics);
+        }
+    }
+
+    /// Waits until the path leads to another folder, as when a link is changed: no watch on a folder reports that. While
+    /// such a change is already known the poll looks after it.
+    async fn leads_elsewhere(&self) {
+        if self.steady.is_waiting() {
+            return std::future::pending().await;
+        }
+        loop {
+            sleep(POLL_INTERVAL).await;
+            let path = self.path.clone();
+            let id = tokio::task::spawn_blocking(move || folder_id(&path)).await;
+            if !id.is_ok_and(|id| id.is_ok_and(|id| self.steady.is_same(id))) {
+                return;
+            }
         }
     }
 
@@ -310,6 +428,21 @@ async fn next_scope(watch: &mut Option<FolderWatch>) -> Scope {
     } else {
         Scope::Files(names)
     }
+}
+
+fn folder_id(path: &Path) -> io::Result<FolderId> {
+    let metadata = fs::metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+fn fingerprint(metadata: &fs::Metadata) -> Fingerprint {
+    (
+        metadata.dev(),
+        metadata.ino(),
+        metadata.ctime(),
+        metadata.ctime_nsec(),
+        metadata.len(),
+    )
 }
 
 /// Whether a file of that name is read. Hidden files are editors' and mounts' own.

@@ -2,9 +2,12 @@
 
 use std::{
     collections::BTreeSet,
-    io,
-    os::fd::{AsFd, AsRawFd, RawFd},
-    path::Path,
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, RawFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
 };
 
 use nix::{
@@ -38,7 +41,10 @@ pub(crate) struct Seen {
 
 /// A watch on a folder.
 #[derive(Debug)]
-pub(crate) struct FolderWatch(AsyncFd<Events>);
+pub(crate) struct FolderWatch {
+    events: AsyncFd<Events>,
+    path: PathBuf,
+}
 
 impl FolderWatch {
     /// # Errors
@@ -46,6 +52,7 @@ impl FolderWatch {
     pub fn open(path: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         let flags = AddWatchFlags::IN_CLOSE_WRITE
+            | AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_MOVED_TO
             | AddWatchFlags::IN_MOVED_FROM
             | AddWatchFlags::IN_DELETE
@@ -54,21 +61,24 @@ impl FolderWatch {
             | AddWatchFlags::IN_ATTRIB
             | AddWatchFlags::IN_ONLYDIR;
         inotify.add_watch(path, flags)?;
-        Self::register(Events(inotify))
+        Ok(Self {
+            events: Self::register(Events(inotify))?,
+            path: path.into(),
+        })
     }
 
     #[expect(
         deprecated,
         reason = "its replacement is unsafe, because a type might close its descriptor early; `Events` owns its own"
     )]
-    fn register(events: Events) -> io::Result<Self> {
-        Ok(Self(AsyncFd::new(events)?))
+    fn register(events: Events) -> io::Result<AsyncFd<Events>> {
+        AsyncFd::new(events)
     }
 
     /// Waits for something that matters. Safe to cancel.
     pub async fn next(&mut self) -> Seen {
         loop {
-            let Ok(mut ready) = self.0.readable().await else {
+            let Ok(mut ready) = self.events.readable().await else {
                 return Seen {
                     lost: true,
                     ..Seen::default()
@@ -77,7 +87,7 @@ impl FolderWatch {
             let read = ready.try_io(|events| events.get_ref().0.read_events().map_err(io_error));
             match read {
                 Ok(Ok(events)) => {
-                    let seen = interpret(&events);
+                    let seen = interpret(&self.path, &events);
                     if seen.lost || seen.everything || !seen.names.is_empty() {
                         return seen;
                     }
@@ -98,7 +108,7 @@ fn io_error(errno: Errno) -> io::Error {
     io::Error::from_raw_os_error(errno as i32)
 }
 
-fn interpret(events: &[InotifyEvent]) -> Seen {
+fn interpret(folder: &Path, events: &[InotifyEvent]) -> Seen {
     let mut seen = Seen::default();
     for event in events {
         let ended = AddWatchFlags::IN_DELETE_SELF
@@ -113,6 +123,9 @@ fn interpret(events: &[InotifyEvent]) -> Seen {
         }
         match event.name.as_ref().and_then(|name| name.to_str()) {
             Some(name) if is_manifest(name) => {
+                if event.mask.contains(AddWatchFlags::IN_CREATE) && !is_link(&folder.join(name)) {
+                    continue;
+                }
                 seen.names.insert(name.to_owned());
             }
             // Mounted ConfigMaps swap a link of that name; what the visible links lead to changes with it.
@@ -121,4 +134,11 @@ fn interpret(events: &[InotifyEvent]) -> Seen {
         }
     }
     seen
+}
+
+/// Whether a file is whole when it is made: a link, symbolic or hard, is. Any other one is reported again when it is closed
+/// after writing.
+fn is_link(path: &Path) -> bool {
+    let metadata = fs::symlink_metadata(path);
+    metadata.is_ok_and(|metadata| metadata.is_symlink() || metadata.nlink() > 1)
 }

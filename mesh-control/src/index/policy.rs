@@ -17,6 +17,8 @@ use mesh_api::{
     },
 };
 
+use sha2::{Digest, Sha256};
+
 use super::{
     member::{Labels, Member},
     service::{address_bytes, contains_all},
@@ -25,6 +27,8 @@ use super::{
 /// Name of the generated policy that refuses plaintext on every port. Generated names hold an underscore, which no
 /// Kubernetes name may, so they never meet a user's.
 const STRICT_POLICY: &str = "weft_strict";
+/// Longest list of ports that is part of a generated name, in bytes; a longer one is named by a digest.
+const LISTED_PORTS_MAX_BYTES: usize = 128;
 
 /// An AuthorizationPolicy in both forms.
 #[derive(Debug, Clone, PartialEq)]
@@ -277,10 +281,21 @@ impl Strictness {
         Self { mode, exceptions }
     }
 
+    fn listed_ports(&self) -> String {
+        let ports: Vec<_> = self.exceptions.iter().map(u16::to_string).collect();
+        let listed = ports.join("_");
+        if listed.len() <= LISTED_PORTS_MAX_BYTES {
+            return listed;
+        }
+        let digest = Sha256::digest(listed.as_bytes());
+        let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("{}_ports_{digest}", ports.len())
+    }
+
     /// The policy that a workload must list: a function of the value alone, so that all workloads of one strictness
     /// share it. `None` when plaintext is accepted everywhere.
     pub fn policy(&self, root_namespace: &str) -> Option<Authorization> {
-        let listed: Vec<_> = self.exceptions.iter().map(u16::to_string).collect();
+        let listed = self.listed_ports();
         let ports: Vec<u32> = self
             .exceptions
             .iter()
@@ -293,7 +308,7 @@ impl Strictness {
         let (name, refused) = match (self.mode, ports.is_empty()) {
             (MtlsMode::Permissive, true) => return None,
             (MtlsMode::Permissive, false) => (
-                format!("{STRICT_POLICY}_only_{}", listed.join("_")),
+                format!("{STRICT_POLICY}_only_{listed}"),
                 Match {
                     destination_ports: ports,
                     ..no_identity
@@ -301,7 +316,7 @@ impl Strictness {
             ),
             (MtlsMode::Strict, true) => (STRICT_POLICY.to_owned(), no_identity),
             (MtlsMode::Strict, false) => (
-                format!("{STRICT_POLICY}_except_{}", listed.join("_")),
+                format!("{STRICT_POLICY}_except_{listed}"),
                 Match {
                     not_destination_ports: ports,
                     ..no_identity
@@ -321,5 +336,26 @@ impl Strictness {
             dry_run: false,
             extensions: Vec::new(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_strict_policy_is_short_however_many_ports_are_excepted() {
+        let name = |ports: std::ops::Range<u16>| {
+            let ports = ports.map(|port| (port.to_string(), MtlsMode::Permissive));
+            let policy = Strictness::new(MtlsMode::Strict, Some(&ports.collect()));
+            policy.policy("root").expect("strict").name
+        };
+        assert_eq!(name(80..82), "weft_strict_except_80_81");
+        let (a, b) = (name(1..5_000), name(1..5_001));
+        assert!(
+            a.len() < 253 && a.starts_with("weft_strict_except_4999_ports_"),
+            "{a}"
+        );
+        assert_ne!(a, b);
     }
 }

@@ -23,6 +23,8 @@ const NACK_NAMES_MAX: usize = 10;
 const NACK_REASON_MAX_BYTES: usize = 1024;
 
 const WILDCARD: &str = "*";
+/// The version of what a client holds without being able to say which: no resource has it.
+const UNKNOWN_VERSION: &str = "?";
 
 /// A client that breaks the protocol or asks for too much; its stream ends.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -249,8 +251,12 @@ impl Subscription {
                 .collect(),
             sent: held
                 .iter()
-                .filter(|(_, version)| !version.is_empty())
-                .map(|(name, version)| (name.as_str().into(), version.as_str().into()))
+                .map(|(name, version)| {
+                    // A client names so what it refused and acts on nevertheless: it must learn when that is gone.
+                    let unknown = version.is_empty();
+                    let version = if unknown { UNKNOWN_VERSION } else { version };
+                    (name.as_str().into(), version.into())
+                })
                 .collect(),
             dirty: Dirty::All,
             seen: 0,

@@ -216,6 +216,23 @@ fn after_a_reconnect_only_the_difference_is_sent() {
     assert_eq!(world.next(), got(ADDRESS, &[WEB], &["gone"]));
 }
 
+/// An agent names a policy that it refused, and denies for, by an empty version (`Subscription::connect` there).
+#[test]
+fn what_a_client_holds_in_an_unknown_version_is_sent_again_or_removed() {
+    let mut world = World::new(&(STRICT.to_owned() + &pod("cart", "10.0.0.1")));
+    let names = world.index.store().all(AUTHORIZATION);
+    let strict = names.map(|it| it.name.to_string()).next().expect("one");
+    let held = [&*strict, "shop/gone"].map(|name| (name.to_owned(), String::new()));
+    world.send(DeltaDiscoveryRequest {
+        type_url: AUTHORIZATION.url().into(),
+        initial_resource_versions: held.into(),
+        ..DeltaDiscoveryRequest::default()
+    });
+    assert_eq!(world.next(), got(AUTHORIZATION, &[&strict], &[]));
+    world.ack(AUTHORIZATION);
+    assert_eq!(world.next(), got(AUTHORIZATION, &[], &["shop/gone"]));
+}
+
 #[test]
 fn a_refused_version_is_not_sent_again_until_it_changes() {
     let mut world = World::new(&(pod("cart", "10.0.0.1") + &pod("web", "10.0.0.2")));

@@ -285,6 +285,29 @@ async fn an_agent_becomes_ready_survives_the_stream_and_restarts_from_its_snapsh
     restarted.stop().await;
 }
 
+/// The wait before the next attempt is reset by a time of service, not by a time of hanging.
+#[tokio::test]
+async fn a_stream_counts_as_served_from_its_first_response_on() {
+    let mut lab = Lab::new().await;
+    let (writer, _mesh) = Mesh::channel("");
+    let (mut client, _status) =
+        DiscoveryClient::new(lab.config(), writer, 1).expect("a good configuration");
+    for answers in [false, true] {
+        let mut answered = None;
+        let served = async {
+            let mut session = lab.session().await;
+            session.request().await;
+            session.request().await;
+            if answers {
+                session.send(Kind::Address, vec![]).await;
+            }
+        };
+        let (ended, ()) = tokio::join!(client.stream(&mut answered), served);
+        assert!(ended.is_err());
+        assert_eq!(answered.is_some(), answers);
+    }
+}
+
 #[tokio::test]
 async fn what_the_snapshot_is_said_to_hold_survives_a_killed_agent() {
     let mut lab = Lab::new().await;

@@ -269,6 +269,7 @@ fn an_address_is_not_dead_while_some_client_may_still_use_it() {
 fn policies_are_the_global_ones_the_namespaces_and_the_listed_ones() {
     use security::{Action::Allow, Scope};
     let mut state = MeshState::new("");
+    state.apply(Update::policies_known());
     put(&mut state, policy("global", Allow, Scope::Global));
     put(&mut state, policy("local", Allow, Scope::Namespace));
     put(

@@ -6,8 +6,9 @@ use prost::Message as _;
 use prost_types::Any;
 
 use super::*;
-use crate::discovery::subscription::{
-    Kind, NACK_MESSAGE_MAX_BYTES, REFUSED_REMEMBERED_MAX, Subscription,
+use crate::{
+    discovery::subscription::{Kind, NACK_MESSAGE_MAX_BYTES, REFUSED_REMEMBERED_MAX, Subscription},
+    policy::{Connection, authorize},
 };
 
 fn subscription() -> Subscription {
@@ -254,6 +255,41 @@ fn ready_means_that_both_types_were_answered_even_with_nothing() {
         subscription.is_answered() && !subscription.is_current(),
         "a new stream has yet to confirm"
     );
+}
+
+#[test]
+fn while_policies_are_unknown_nothing_is_allowed() {
+    let answers = |subscription: &mut Subscription, kind, resources| {
+        subscription
+            .on_response(response(kind, "n", resources))
+            .updates
+    };
+    let allowed = |state: &MeshState| {
+        let workload = state.local_workload("n1", "shop", "a").expect("told");
+        let connection = Connection {
+            peer: None,
+            source: "10.0.0.2".parse().expect("an address"),
+            destination: socket("10.0.0.1:8080"),
+        };
+        authorize(state, &workload, &connection).is_allowed()
+    };
+    let apply = |state: &mut MeshState, updates: Vec<Update>| {
+        updates.into_iter().for_each(|u| _ = state.apply(u));
+    };
+
+    let mut subscription = subscription();
+    let mut state = MeshState::new("");
+    let updates = answers(&mut subscription, Kind::Address, vec![workload("a", "1")]);
+    apply(&mut state, updates);
+    assert!(!allowed(&state), "the addresses came first");
+    let updates = answers(&mut subscription, Kind::Authorization, Vec::new());
+    apply(&mut state, updates);
+    assert!(allowed(&state), "there are no policies");
+
+    let mut restarted = self::subscription();
+    let mut state = MeshState::new("");
+    apply(&mut state, restarted.restore(subscription.records()).0);
+    assert!(allowed(&state), "the snapshot knew that there are none");
 }
 
 #[test]

@@ -442,3 +442,17 @@ fn material_of_one_certificate_serves_and_dials_through_an_intermediate() {
         Ok(identity("db"))
     );
 }
+
+#[test]
+fn the_control_channel_prefers_hybrid_key_exchange_and_goes_on_without() {
+    let groups: Vec<_> = control_provider()
+        .kx_groups
+        .iter()
+        .map(|group| group.name())
+        .collect();
+    assert_eq!(groups.first(), Some(&NamedGroup::X25519MLKEM768));
+    assert!(
+        groups.contains(&NamedGroup::X25519) && groups.len() > 2,
+        "{groups:?}"
+    );
+}

@@ -76,6 +76,7 @@ fn an_undecodable_policy_denies_its_namespace_and_where_it_is_listed() {
         ("other/p", vec!["other/p".to_owned()], false),
     ] {
         let mut state = MeshState::new("");
+        state.apply(Update::policies_known());
         let refused = Update::authorization(name, &[0xff]).expect_err("noise");
         state.apply(refused.stand_in.expect("a usable name"));
         put(

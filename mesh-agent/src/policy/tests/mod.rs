@@ -105,6 +105,7 @@ fn decide_listed(
     connection: &Connection,
 ) -> Decision {
     let mut state = MeshState::new("");
+    state.apply(Update::policies_known());
     for policy in policies {
         put(&mut state, policy);
     }

@@ -63,17 +63,18 @@ impl Capture {
     /// Those of [`diag::destroy_tcp`].
     pub fn end_flow(&self, flow: &SameNodeFlow) -> std::io::Result<()> {
         // The server's end first: its RST is what the client sees then (ECONNRESET, as by a tunnel); a destroyed socket
-        // itself sees ECONNABORTED. The client's end after it, in case the RST was lost.
-        diag::destroy_tcp(
+        // itself sees ECONNABORTED. The client's end after it, in case the RST was lost or the server's end failed.
+        let server = diag::destroy_tcp(
             &flow.destination.local.netns,
             flow.destination_address,
             flow.source_address,
-        )?;
-        diag::destroy_tcp(
+        );
+        let client = diag::destroy_tcp(
             &flow.source.local.netns,
             flow.source_address,
             flow.destination_address,
-        )?;
+        );
+        server.and(client)?;
         self.kernel().forget_flow(&flow.key);
         Ok(())
     }

@@ -120,6 +120,7 @@ fn sk_lookup_decides_by_address_and_fails_closed_or_open() {
         cookie: 42,
         flags: mesh_ebpf::FLAG_FAIL_CLOSED,
         padding: 0,
+        cgroup: 0,
     };
     kernel
         .set_addresses(closed, &[WORKLOAD.into()])

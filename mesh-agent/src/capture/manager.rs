@@ -12,7 +12,10 @@ use mesh_ebpf::{FLAG_FAIL_CLOSED, FLAG_SAME_NODE};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Listeners, LocalWorkload, Verdicts, dial, error::CaptureError, kernel::Kernel, steering,
+    Listeners, LocalWorkload, Verdicts, dial,
+    error::CaptureError,
+    kernel::{Kernel, cgroup_id},
+    steering,
     steering::FormerSysctls,
 };
 use crate::{
@@ -369,16 +372,23 @@ pub async fn undo_record(record: &Record) -> Result<(), CaptureError> {
 }
 
 fn kernel_workload(enrolled: &Enrolled, settings: CaptureSettings) -> mesh_ebpf::Workload {
+    let cgroup = &enrolled.record.enrolment.cgroup;
+    // A cgroup that has gone has no processes left, so nothing of it goes the same-node way.
+    let cgroup = cgroup
+        .as_ref()
+        .and_then(|path| cgroup_id(Path::new(path)).ok());
+    let cgroup = cgroup.unwrap_or_default();
     let mut flags = 0;
     if settings.failure_mode == FailureMode::Closed {
         flags |= FLAG_FAIL_CLOSED;
     }
-    if settings.same_node == SameNode::Kernel && enrolled.record.enrolment.cgroup.is_some() {
+    if settings.same_node == SameNode::Kernel && cgroup != 0 {
         flags |= FLAG_SAME_NODE;
     }
     mesh_ebpf::Workload {
         cookie: enrolled.local.cookie().0,
         flags,
         padding: 0,
+        cgroup,
     }
 }

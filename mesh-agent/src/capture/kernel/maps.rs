@@ -181,12 +181,7 @@ impl Kernel {
 
     /// Same-node flows that live now.
     pub(in crate::capture) fn same_node_flows(&self) -> Vec<(FlowKey, Flow)> {
-        self.lock()
-            .flows
-            .iter()
-            .flatten()
-            .filter(|(_, flow)| flow.source_cookie != 0)
-            .collect()
+        self.lock().flows.iter().flatten().collect()
     }
 
     /// Forgets a flow that was destroyed.

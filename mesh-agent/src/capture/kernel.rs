@@ -347,7 +347,7 @@ impl Kernel {
     }
 
     /// Removes the links of a workload.
-    pub(super) fn detach_workload(&self, cookie: NetnsCookie) {
+    fn detach_workload(&self, cookie: NetnsCookie) {
         self.detach(&lookup_pin(cookie));
         self.detach(&flow_pin(cookie));
     }

@@ -178,9 +178,14 @@ impl Capture {
             .lock()
             .remove(&(namespace.to_owned(), name.to_owned()))
             .ok_or_else(|| CaptureError::NotEnrolled(format!("workload {namespace}/{name}")))?;
-        self.kernel.forget(enrolled.local.cookie());
-        self.kernel.detach_workload(enrolled.local.cookie());
+        self.kernel.let_go(enrolled.local.cookie());
         Ok(enrolled)
+    }
+
+    /// No longer manages a workload whose listeners are gone, and leaves the kernel side as it is: its connections are
+    /// refused from now on, or pass by its failure mode.
+    pub fn close(&self, namespace: &str, name: &str) {
+        self.lock().remove(&(namespace.to_owned(), name.to_owned()));
     }
 
     /// Removes what is left of a released workload in its namespace.
@@ -262,8 +267,7 @@ impl Capture {
                     cookie = cookie.0,
                     "forgetting a namespace of an earlier agent"
                 );
-                self.kernel.detach_workload(cookie);
-                self.kernel.forget(cookie);
+                self.kernel.let_go(cookie);
             }
         }
     }
@@ -273,9 +277,7 @@ impl Capture {
     /// # Errors
     /// Says what stays behind. A namespace that is gone has nothing left.
     pub async fn abandon(&self, record: &Record) -> Result<(), CaptureError> {
-        let cookie = NetnsCookie(record.cookie);
-        self.kernel.forget(cookie);
-        self.kernel.detach_workload(cookie);
+        self.kernel.let_go(NetnsCookie(record.cookie));
         undo_record(record).await
     }
 
@@ -344,8 +346,7 @@ impl Capture {
     }
 
     async fn undo(&self, enrolled: &Enrolled) {
-        self.kernel.forget(enrolled.local.cookie());
-        self.kernel.detach_workload(enrolled.local.cookie());
+        self.kernel.let_go(enrolled.local.cookie());
         if let Err(error) = self.clean(enrolled).await {
             let workload = &enrolled.record.enrolment.name;
             tracing::warn!(%workload, %error, "something of the failed enrolment stays behind");

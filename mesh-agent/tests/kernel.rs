@@ -1,12 +1,21 @@
 //! The eBPF programs in the running kernel: they load, they are adopted, and `sk_lookup` decides right on hand-made
 //! contexts. Needs root.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
+};
 
+use aya::maps::{HashMap, Map, MapData};
 use mesh_agent::capture::kernel::{
     Found, Kernel, KernelConfig, remove_agent_cgroup, remove_node_pins,
 };
-use nix::mount::{MsFlags, mount, umount};
+use mesh_ebpf::{FLOW_SYN_WINDOW_NS, Flow, FlowKey};
+use nix::{
+    mount::{MsFlags, mount, umount},
+    time::{ClockId, clock_gettime},
+};
 
 /// Kernel objects in a cgroup and on a bpffs of their own; gone at the end, also of a failed test.
 struct Scratch(KernelConfig);
@@ -81,35 +90,78 @@ fn a_folder_that_is_not_bpffs_is_refused_and_nothing_is_left() {
 /// `struct bpf_sk_lookup` (include/uapi/linux/bpf.h), as `BPF_PROG_TEST_RUN` takes it.
 struct Packet {
     protocol: u32,
-    remote: [u8; 4],
-    local: [u8; 4],
+    remote: IpAddr,
+    local: IpAddr,
     local_port: u32,
 }
 
 const TCP: u32 = 6;
 const UDP: u32 = 17;
-const WORKLOAD: [u8; 4] = [10, 1, 1, 2];
-const STRANGER: [u8; 4] = [10, 9, 9, 9];
+const WORKLOAD: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 1, 1, 2));
+const WORKLOAD_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 2));
+const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 9, 9, 9));
+const STRANGER_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 9));
+const REMOTE_PORT: u16 = 40_000;
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
 
 impl Packet {
+    fn tcp(remote: IpAddr, local: IpAddr) -> Self {
+        Self {
+            protocol: TCP,
+            remote,
+            local,
+            local_port: 80,
+        }
+    }
+
     fn context(&self) -> Vec<u8> {
+        let family = if self.local.is_ipv4() {
+            libc::AF_INET
+        } else {
+            libc::AF_INET6
+        };
         let mut bytes = vec![0; 8];
-        bytes.extend((libc::AF_INET as u32).to_ne_bytes());
+        bytes.extend((family as u32).to_ne_bytes());
         bytes.extend(self.protocol.to_ne_bytes());
-        bytes.extend(self.remote);
-        bytes.extend([0; 16]);
-        bytes.extend(40_000_u16.to_be_bytes());
+        bytes.extend(field(self.remote));
+        bytes.extend(REMOTE_PORT.to_be_bytes());
         bytes.extend([0; 2]);
-        bytes.extend(self.local);
-        bytes.extend([0; 16]);
+        bytes.extend(field(self.local));
         bytes.extend(self.local_port.to_ne_bytes());
         // The kernel insists on zero: a test cannot choose the interface (net/bpf/test_run.c).
         bytes.extend([0; 4]);
         bytes.resize(bytes.len().next_multiple_of(8), 0);
         bytes
     }
+
+    /// The connection as its client sees it.
+    fn flow(&self) -> FlowKey {
+        FlowKey {
+            source: in_maps(self.remote),
+            destination: in_maps(self.local),
+            source_port: u32::from(REMOTE_PORT),
+            destination_port: self.local_port,
+        }
+    }
+}
+
+/// Four bytes for IPv4, then sixteen for IPv6.
+fn field(ip: IpAddr) -> [u8; 20] {
+    let mut bytes = [0; 20];
+    match ip {
+        IpAddr::V4(v4) => bytes[..4].copy_from_slice(&v4.octets()),
+        IpAddr::V6(v6) => bytes[4..].copy_from_slice(&v6.octets()),
+    }
+    bytes
+}
+
+fn in_maps(ip: IpAddr) -> mesh_ebpf::Address {
+    let ip = match ip {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    };
+    mesh_ebpf::Address::from_octets(ip.octets())
 }
 
 #[test]
@@ -120,32 +172,57 @@ fn sk_lookup_decides_by_address_and_fails_closed_or_open() {
         cookie: 42,
         flags: mesh_ebpf::FLAG_FAIL_CLOSED,
         padding: 0,
+        cgroup: 0,
     };
     kernel
-        .set_addresses(closed, &[WORKLOAD.into()])
+        .set_addresses(closed, &[WORKLOAD, WORKLOAD_V6])
         .expect("the address is known");
-    let packet = |protocol, remote, local| Packet {
-        protocol,
-        remote,
-        local,
-        local_port: 80,
-    };
     let cases = [
-        ("UDP is not ours", packet(UDP, STRANGER, WORKLOAD), SK_PASS),
         (
-            "loopback stays in the pod",
-            packet(TCP, [127, 0, 0, 1], [127, 0, 0, 1]),
+            "UDP is not ours",
+            Packet {
+                protocol: UDP,
+                ..Packet::tcp(STRANGER, WORKLOAD)
+            },
             SK_PASS,
         ),
-        ("to itself", packet(TCP, WORKLOAD, WORKLOAD), SK_PASS),
+        (
+            "loopback stays in the pod",
+            Packet::tcp(Ipv4Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.into()),
+            SK_PASS,
+        ),
+        (
+            "IPv6 loopback, too",
+            Packet::tcp(Ipv6Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()),
+            SK_PASS,
+        ),
+        ("to itself", Packet::tcp(WORKLOAD, WORKLOAD), SK_PASS),
+        (
+            "to itself, IPv6",
+            Packet::tcp(WORKLOAD_V6, WORKLOAD_V6),
+            SK_PASS,
+        ),
         (
             "inbound without an agent",
-            packet(TCP, STRANGER, WORKLOAD),
+            Packet::tcp(STRANGER, WORKLOAD),
+            SK_DROP,
+        ),
+        (
+            "inbound without an agent, IPv6",
+            Packet::tcp(STRANGER_V6, WORKLOAD_V6),
             SK_DROP,
         ),
         (
             "to an address that nobody enrolled",
-            packet(TCP, STRANGER, [10, 8, 8, 8]),
+            Packet::tcp(STRANGER, Ipv4Addr::new(10, 8, 8, 8).into()),
+            SK_DROP,
+        ),
+        (
+            "to an IPv6 address that nobody enrolled",
+            Packet::tcp(
+                STRANGER_V6,
+                Ipv6Addr::new(0xfd00, 8, 0, 0, 0, 0, 0, 8).into(),
+            ),
             SK_DROP,
         ),
     ];
@@ -157,13 +234,72 @@ fn sk_lookup_decides_by_address_and_fails_closed_or_open() {
         );
     }
     let open = mesh_ebpf::Workload { flags: 0, ..closed };
-    kernel
-        .set_addresses(open, &[WORKLOAD.into()])
-        .expect("replaced");
-    let inbound = packet(TCP, STRANGER, WORKLOAD);
+    kernel.set_addresses(open, &[WORKLOAD]).expect("replaced");
+    let inbound = Packet::tcp(STRANGER, WORKLOAD);
     assert_eq!(
         kernel.test_lookup(&mut inbound.context()).expect("runs"),
         SK_PASS,
         "fail open"
     );
+}
+
+/// A recorded flow lets its SYN through, to its workload only and for as long as a SYN may take.
+#[test]
+fn sk_lookup_lets_recorded_flows_through() {
+    let scratch = Scratch::new("flows");
+    let (kernel, _) = Kernel::start(scratch.0.clone()).expect("programs load");
+    let workload = mesh_ebpf::Workload {
+        cookie: 42,
+        flags: mesh_ebpf::FLAG_FAIL_CLOSED,
+        ..mesh_ebpf::Workload::default()
+    };
+    kernel
+        .set_addresses(workload, &[WORKLOAD, WORKLOAD_V6])
+        .expect("the addresses are known");
+    let clock = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("the clock");
+    let now = u64::try_from(std::time::Duration::from(clock).as_nanos()).expect("fits");
+    let fresh = Flow {
+        started_ns: now,
+        source_cookie: 7,
+        destination_cookie: workload.cookie,
+    };
+    let cases = [
+        ("fresh", fresh, SK_PASS),
+        (
+            "of an earlier connection",
+            Flow {
+                started_ns: now.wrapping_sub(FLOW_SYN_WINDOW_NS),
+                ..fresh
+            },
+            SK_DROP,
+        ),
+        (
+            "to another workload",
+            Flow {
+                destination_cookie: 43,
+                ..fresh
+            },
+            SK_DROP,
+        ),
+    ];
+    for map in ["FLOWS", "AGENT_FLOWS"] {
+        let pinned = MapData::from_pin(scratch.0.pin_dir().join(map)).expect("the pinned map");
+        let mut flows: HashMap<_, FlowKey, Flow> =
+            Map::HashMap(pinned).try_into().expect("a hash map");
+        for packet in [
+            Packet::tcp(STRANGER, WORKLOAD),
+            Packet::tcp(STRANGER_V6, WORKLOAD_V6),
+        ] {
+            for (name, flow, expected) in &cases {
+                flows.insert(packet.flow(), flow, 0).expect("recorded");
+                assert_eq!(
+                    kernel.test_lookup(&mut packet.context()).expect(name),
+                    *expected,
+                    "{map}, {name}, {}",
+                    packet.local
+                );
+            }
+            flows.remove(&packet.flow()).expect("forgotten");
+        }
+    }
 }

@@ -4,8 +4,8 @@
 use aya_ebpf::{
     EbpfContext as _,
     helpers::generated::{
-        bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval,
-        bpf_setsockopt,
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
+        bpf_get_socket_cookie, bpf_set_retval, bpf_setsockopt,
     },
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
@@ -13,11 +13,11 @@ use aya_ebpf::{
 use aya_log_ebpf::warn;
 use mesh_ebpf::{
     Address, CAPTURE_MARK, CLASS_OUTBOUND, Destination, EdgeKey, FLAG_FAIL_CLOSED, FLAG_SAME_NODE,
-    FastSocket, VERDICT_DENIED, VERDICT_PASS, VERDICT_SAME_NODE, Workload, counter,
+    FastSocket, VERDICT_DENIED, VERDICT_PASS, VERDICT_SAME_NODE, Verdict, Workload, counter,
 };
 
 use crate::maps::{
-    ADDRESSES, DEAD, FAST_SOCKETS, GLOBALS, VERDICTS, WORKLOADS, agent_listens, count, may_log,
+    ADDRESSES, DEAD, FAST_SOCKETS, VERDICTS, WORKLOADS, agent_listens, count, generation, may_log,
     now_ns,
 };
 
@@ -34,6 +34,8 @@ const ECONNREFUSED: i32 = 111;
 const SOCK_STREAM: u32 = 1;
 const IPPROTO_TCP: u32 = 6;
 const IPPROTO_MPTCP: u32 = 262;
+/// Depth at which a workload's cgroup is looked for. Kubernetes puts pods at 3 or 4, a node in a container some lower.
+const CGROUP_LEVELS: i32 = 16;
 // include/uapi/asm-generic/socket.h
 const SOL_SOCKET: i32 = 1;
 const SO_BINDTODEVICE: i32 = 25;
@@ -89,8 +91,11 @@ fn enrolled(ctx: &SockAddrContext) -> Option<Workload> {
 fn decide(ctx: &SockAddrContext, source: &Workload, address: Address) -> i32 {
     // SAFETY: takes no argument. The agent is known by its cgroup, which a workload cannot enter; a mark could be forged.
     let by_agent = unsafe { bpf_get_current_cgroup_id() } == agent_cgroup();
-    if by_agent || address.is_loopback() || address.is_link_local_v6() || is_own(source, &address) {
+    if by_agent {
         return ALLOW;
+    }
+    if address.is_loopback() || address.is_link_local_v6() || is_own(source, &address) {
+        return pass(ctx);
     }
     // SAFETY: a u32 field of the context; the port is its low half, big-endian.
     let port_be = unsafe { core::ptr::read_volatile(&raw const (*ctx.sock_addr).user_port) };
@@ -106,17 +111,16 @@ fn decide(ctx: &SockAddrContext, source: &Workload, address: Address) -> i32 {
         padding: 0,
     };
     match cached_verdict(&edge) {
-        Some((VERDICT_PASS, _)) => {
+        Some(verdict) if verdict.action == VERDICT_PASS => {
             count(counter::PASSED);
-            return ALLOW;
+            return pass(ctx);
         }
-        Some((VERDICT_DENIED, _)) => {
+        Some(verdict) if verdict.action == VERDICT_DENIED => {
             count(counter::DENIED);
             return refuse(EACCES);
         }
-        Some((VERDICT_SAME_NODE, peer)) if may_go_fast(ctx, source) => {
-            if unmark(ctx) && remember_fast(ctx, edge, peer) {
-                count(counter::SAME_NODE);
+        Some(verdict) if verdict.action == VERDICT_SAME_NODE && may_go_fast(ctx, source) => {
+            if unmark(ctx) && remember_fast(ctx, edge, verdict) {
                 return ALLOW;
             }
         }
@@ -143,34 +147,56 @@ fn is_dead(address: Address, port: u32) -> bool {
     unsafe { DEAD.get(&Destination { address, port }) }.is_some()
 }
 
-/// Action and peer of a verdict that is still good.
+/// A verdict that is still good.
 #[inline(always)]
-fn cached_verdict(edge: &EdgeKey) -> Option<(u32, u64)> {
+fn cached_verdict(edge: &EdgeKey) -> Option<&'static Verdict> {
     // SAFETY: plain data; the agent replaces whole values.
     let verdict = unsafe { VERDICTS.get(edge) }?;
-    let generation = GLOBALS.get(0)?.generation;
-    if verdict.generation != generation || now_ns() > verdict.expires_ns {
+    if verdict.generation != generation()? || now_ns() > verdict.expires_ns {
         return None;
     }
-    Some((verdict.action, verdict.peer_cookie))
+    Some(verdict)
 }
 
-/// The flow program must see the socket's SYN: the workload's cgroup carries it, and the socket is not MPTCP, whose
-/// subflows have other cookies than the socket that `connect(2)` sees.
+/// The flow program must see the socket's SYN: the process is in the workload's cgroup, which carries the program, and
+/// the socket is not MPTCP, whose subflows have other cookies than the socket that `connect(2)` sees.
 #[inline(always)]
 fn may_go_fast(ctx: &SockAddrContext, source: &Workload) -> bool {
     // SAFETY: a u32 field of the context.
     let protocol = unsafe { core::ptr::read_volatile(&raw const (*ctx.sock_addr).protocol) };
-    source.flags & FLAG_SAME_NODE != 0 && protocol == IPPROTO_TCP
+    source.flags & FLAG_SAME_NODE != 0 && protocol == IPPROTO_TCP && is_inside(source.cgroup)
+}
+
+/// Whether the process is in this cgroup or below it: whoever has only entered the workload's namespace is not. Where
+/// the cgroup lies in the hierarchy is not known, because the agent may see a part of it only.
+#[inline(always)]
+fn is_inside(cgroup: u64) -> bool {
+    let mut level = 1;
+    while level <= CGROUP_LEVELS {
+        // SAFETY: takes a number; 0 below the process's own cgroup.
+        let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if ancestor == cgroup {
+            return cgroup != 0;
+        }
+        if ancestor == 0 {
+            return false;
+        }
+        level += 1;
+    }
+    false
 }
 
 #[inline(always)]
-fn remember_fast(ctx: &SockAddrContext, edge: EdgeKey, peer_cookie: u64) -> bool {
+fn remember_fast(ctx: &SockAddrContext, edge: EdgeKey, verdict: &Verdict) -> bool {
     // SAFETY: the context is valid for the program's run.
     let socket = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    FAST_SOCKETS
-        .insert(&socket, &FastSocket { edge, peer_cookie }, 0)
-        .is_ok()
+    let fast = FastSocket {
+        edge,
+        peer_cookie: verdict.peer_cookie,
+        generation: verdict.generation,
+        expires_ns: verdict.expires_ns,
+    };
+    FAST_SOCKETS.insert(&socket, &fast, 0).is_ok()
 }
 
 /// Marks the socket, so that its SYN takes the workload's local route to the agent's listener.
@@ -185,7 +211,7 @@ fn capture(ctx: &SockAddrContext, source: &Workload) -> i32 {
     if !agent_listens(source.cookie, CLASS_OUTBOUND) {
         if source.flags & FLAG_FAIL_CLOSED == 0 {
             count(counter::FAILED_OPEN);
-            return ALLOW;
+            return pass(ctx);
         }
         count(counter::AGENT_DEAD);
         if may_log() {
@@ -201,6 +227,12 @@ fn capture(ctx: &SockAddrContext, source: &Workload) -> i32 {
     }
     count(counter::CAPTURED);
     ALLOW
+}
+
+/// Leaves the connection alone, also on a socket whose earlier connection was not.
+#[inline(always)]
+fn pass(ctx: &SockAddrContext) -> i32 {
+    if unmark(ctx) { ALLOW } else { refuse(EACCES) }
 }
 
 /// A socket bound to a device would never take the local route: the route look-up with an output device skips it.

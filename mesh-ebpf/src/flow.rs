@@ -8,18 +8,24 @@ use aya_ebpf::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
         BPF_SOCK_OPS_TCP_CONNECT_CB,
     },
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_setsockopt},
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use mesh_ebpf::{Address, EdgeCounters, EdgeKey, FastSocket, Flow, FlowKey, counter};
+use mesh_ebpf::{Address, CAPTURE_MARK, EdgeCounters, EdgeKey, FastSocket, Flow, FlowKey, counter};
 
-use crate::maps::{ADDRESSES, EDGES, FAST_SOCKETS, FLOWS, WORKLOADS, count, now_ns};
+use crate::maps::{
+    ADDRESSES, AGENT_FLOWS, EDGES, FAST_SOCKETS, FLOWS, WORKLOADS, count, generation, now_ns,
+};
 
 const AF_INET: u32 = 2;
 /// include/net/tcp_states.h
 const TCP_SYN_SENT: u32 = 2;
 const TCP_CLOSE: u32 = 7;
+// include/uapi/asm-generic/socket.h
+const SOL_SOCKET: i32 = 1;
+const SO_BINDTODEVICE: i32 = 25;
+const SO_MARK: i32 = 36;
 
 /// For the sockets of workloads.
 #[sock_ops]
@@ -39,18 +45,21 @@ pub fn weft_agent_flow(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => agent_connects(&ctx),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == TCP_CLOSE => {
-            let _ = FLOWS.remove(&tuple(&ctx));
+            let _ = AGENT_FLOWS.remove(&tuple(&ctx));
         }
         _ => {}
     }
     1
 }
 
-/// Runs inside `connect(2)`, after the source port was chosen and before the SYN leaves.
+/// Runs after the source port was chosen and before the SYN leaves. That is inside `connect(2)`, or with TCP Fast Open
+/// at the first write. A flow that may not go the same-node way, or that could not be revoked, goes by the agent.
 #[inline(always)]
 fn workload_connects(ctx: &SockOpsContext) {
     let key = tuple(ctx);
-    let fast = fast_socket(ctx).filter(|fast| is_for(fast, &key));
+    let fast = fast_socket(ctx).filter(|fast| {
+        key.destination == fast.edge.address && key.destination_port == fast.edge.port
+    });
     let Some(fast) = fast else {
         forget_own(ctx, &key);
         return;
@@ -60,7 +69,68 @@ fn workload_connects(ctx: &SockOpsContext) {
         source_cookie: fast.edge.cookie,
         destination_cookie: fast.peer_cookie,
     };
-    record(ctx, &key, &flow);
+    if is_good(&fast, &key, flow.started_ns) {
+        if FLOWS.insert(&key, &flow, 0).is_ok() {
+            // Without the callback the entry would stay; then it is better not to have one.
+            if follow(ctx) {
+                count(counter::SAME_NODE);
+                return;
+            }
+        }
+        count(counter::FLOWS_FULL);
+    }
+    forget_own(ctx, &key);
+    // SAFETY: the context is valid for the program's run.
+    let _ = FAST_SOCKETS.remove(unsafe { bpf_get_socket_cookie(ctx.as_ptr()) });
+    if capture(ctx) {
+        count(counter::CAPTURED);
+    }
+}
+
+/// Whether the verdict of `connect(2)` still holds, and each end has its address. A workload that gave itself a foreign
+/// address is not recorded, nor is a flow to a workload that has left the mesh.
+#[inline(always)]
+fn is_good(fast: &FastSocket, key: &FlowKey, now: u64) -> bool {
+    // SAFETY: plain data.
+    let (source, destination) =
+        unsafe { (ADDRESSES.get(&key.source), ADDRESSES.get(&key.destination)) };
+    generation() == Some(fast.generation)
+        && now <= fast.expires_ns
+        && source.is_some_and(|owner| owner.cookie == fast.edge.cookie)
+        && destination.is_some_and(|owner| owner.cookie == fast.peer_cookie)
+}
+
+/// The kernel looks for the route again after this program (net/ipv4/tcp_output.c, `tcp_connect`), and a changed mark
+/// voids the one that it had: the SYN goes where `connect(2)` would have sent it. A SYN that cannot be marked arrives
+/// unrecorded, hence at the agent of the destination, as plaintext.
+#[inline(always)]
+fn capture(ctx: &SockOpsContext) -> bool {
+    // SAFETY: the verifier gives `sk` as a socket or null; the fields are readable (`bpf_sock`).
+    let (bound, mark) = unsafe {
+        let sk = (*ctx.ops).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            (0, 0)
+        } else {
+            ((*sk).bound_dev_if, (*sk).mark)
+        }
+    };
+    (bound == 0 || set_option(ctx, SO_BINDTODEVICE, 0))
+        && set_option(ctx, SO_MARK, mark | CAPTURE_MARK)
+}
+
+#[inline(always)]
+fn set_option(ctx: &SockOpsContext, option: i32, mut value: u32) -> bool {
+    // SAFETY: pointer and length describe `value`.
+    let result = unsafe {
+        bpf_setsockopt(
+            ctx.as_ptr(),
+            SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            size_of::<u32>() as i32,
+        )
+    };
+    result == 0
 }
 
 /// An earlier same-node flow may have had this tuple: its entry is not for the connection that begins now. The entry
@@ -73,17 +143,6 @@ fn forget_own(ctx: &SockOpsContext, key: &FlowKey) {
     if unsafe { FLOWS.get(key) }.is_some_and(|flow| flow.source_cookie == cookie) {
         let _ = FLOWS.remove(key);
     }
-}
-
-/// Whether the connection is the one that was let through. A workload that gave itself a foreign address is not
-/// recorded: the source must be its own.
-#[inline(always)]
-fn is_for(fast: &FastSocket, key: &FlowKey) -> bool {
-    let destination =
-        key.destination == fast.edge.address && key.destination_port == fast.edge.port;
-    // SAFETY: plain data.
-    let owner = unsafe { ADDRESSES.get(&key.source) };
-    destination && owner.is_some_and(|owner| owner.cookie == fast.edge.cookie)
 }
 
 #[inline(always)]
@@ -99,30 +158,26 @@ fn agent_connects(ctx: &SockOpsContext) {
     let to_application =
         unsafe { ADDRESSES.get(&key.destination) }.is_some_and(|owner| owner.cookie == cookie);
     if to_application {
-        record(
-            ctx,
-            &key,
-            &Flow {
-                started_ns: now_ns(),
-                source_cookie: 0,
-                destination_cookie: cookie,
-            },
-        );
+        let flow = Flow {
+            started_ns: now_ns(),
+            source_cookie: 0,
+            destination_cookie: cookie,
+        };
+        if AGENT_FLOWS.insert(&key, &flow, 0).is_err() {
+            count(counter::FLOWS_FULL);
+        } else if !follow(ctx) {
+            // Without the callback the entry would stay.
+            let _ = AGENT_FLOWS.remove(&key);
+        }
     } else {
-        let _ = FLOWS.remove(&key);
+        let _ = AGENT_FLOWS.remove(&key);
     }
 }
 
+/// Asks for the callbacks on changes of the socket's state.
 #[inline(always)]
-fn record(ctx: &SockOpsContext, key: &FlowKey, flow: &Flow) {
-    if FLOWS.insert(key, flow, 0).is_err() {
-        count(counter::FLOWS_FULL);
-        return;
-    }
-    // Without the callback the entry would stay; then it is better not to have one.
-    if ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_err() {
-        let _ = FLOWS.remove(key);
-    }
+fn follow(ctx: &SockOpsContext) -> bool {
+    ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_ok()
 }
 
 #[inline(always)]

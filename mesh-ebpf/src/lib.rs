@@ -7,7 +7,7 @@
 #![deny(unsafe_code)]
 
 /// Names the bpffs folder (`<bpffs root>/weft/v<ABI_VERSION>`).
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Bit of the socket mark that sends a connection through the workload's local route. One bit, so that marks of the
 /// application and of the CNI live on beside it.
@@ -23,9 +23,11 @@ pub const LISTENERS_MAX: u32 = WORKLOADS_MAX * 3;
 pub const VERDICTS_MAX: u32 = 65_536;
 /// Service addresses without endpoints.
 pub const DEAD_MAX: u32 = 16_384;
-/// Flows that `sk_lookup` lets through: same-node flows for as long as they live, and the agent's own connections to
-/// applications. Not an LRU: forgetting a live same-node flow would put it out of reach of revocation.
+/// Same-node flows, for as long as they live. Not an LRU: forgetting a live one would put it out of reach of revocation.
+/// What does not fit goes by tunnel.
 pub const FLOWS_MAX: u32 = 65_536;
+/// The agent's own connections to applications, in a map that workloads cannot fill.
+pub const AGENT_FLOWS_MAX: u32 = 65_536;
 /// Same-node edges counted (LRU, per CPU).
 pub const EDGES_MAX: u32 = 8192;
 /// Sockets between `connect(2)` and their SYN that go the same-node way (LRU).
@@ -127,6 +129,8 @@ pub struct Workload {
     pub flags: u32,
     /// Zero.
     pub padding: u32,
+    /// Inode of its cgroup, which names it (`bpf_get_current_ancestor_cgroup_id`); 0 without one.
+    pub cgroup: u64,
 }
 
 /// Listener of captured outbound connections.
@@ -196,7 +200,7 @@ pub struct Destination {
     pub port: u32,
 }
 
-/// Key of `FLOWS`: a connection as its client sees it.
+/// Key of `FLOWS` and of `AGENT_FLOWS`: a connection as its client sees it.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FlowKey {
@@ -210,7 +214,7 @@ pub struct FlowKey {
     pub destination_port: u32,
 }
 
-/// Value of `FLOWS`.
+/// Value of `FLOWS` and of `AGENT_FLOWS`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Flow {
@@ -230,6 +234,11 @@ pub struct FastSocket {
     pub edge: EdgeKey,
     /// Namespace of the destination.
     pub peer_cookie: u64,
+    /// Generation of the verdict. With TCP Fast Open the SYN leaves at the first write, at any time after `connect(2)`
+    /// (Documentation/networking/ip-sysctl.rst, `tcp_fastopen`): a verdict that is void by then is none.
+    pub generation: u64,
+    /// End of the verdict's validity; see [`Verdict::expires_ns`].
+    pub expires_ns: u64,
 }
 
 /// Value of `EDGES`, per CPU: what same-node flows did.
@@ -278,7 +287,8 @@ pub mod counter {
     pub const FAILED_OPEN: u32 = 6;
     /// Inbound connections to an address that is nobody's, refused.
     pub const UNKNOWN_ADDRESS: u32 = 7;
-    /// Flows that did not fit into `FLOWS`.
+    /// Same-node flows that could not be recorded, hence went by tunnel, and connections of the agent to applications
+    /// that could not.
     pub const FLOWS_FULL: u32 = 8;
     /// Inbound connections given to the agent.
     pub const INBOUND: u32 = 9;
@@ -289,14 +299,14 @@ pub mod counter {
 // The layout is what user space and kernel agree on; a mistake must not compile.
 const _: () = {
     assert!(size_of::<Address>() == 16);
-    assert!(size_of::<Workload>() == 16);
+    assert!(size_of::<Workload>() == 24);
     assert!(size_of::<ListenerKey>() == 16);
     assert!(size_of::<EdgeKey>() == 32);
     assert!(size_of::<Verdict>() == 32);
     assert!(size_of::<Destination>() == 20);
     assert!(size_of::<FlowKey>() == 40);
     assert!(size_of::<Flow>() == 24);
-    assert!(size_of::<FastSocket>() == 40);
+    assert!(size_of::<FastSocket>() == 56);
     assert!(size_of::<EdgeCounters>() == 56);
     assert!(size_of::<Globals>() == 8);
 };

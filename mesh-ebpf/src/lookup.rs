@@ -8,7 +8,7 @@ use mesh_ebpf::{
     FlowKey, ListenerKey, Workload, counter,
 };
 
-use crate::maps::{ADDRESSES, FLOWS, LISTENERS, count, may_log, now_ns};
+use crate::maps::{ADDRESSES, AGENT_FLOWS, FLOWS, LISTENERS, count, may_log, now_ns};
 
 const PASS: u32 = sk_action::SK_PASS;
 const DROP: u32 = sk_action::SK_DROP;
@@ -136,7 +136,8 @@ fn is_recorded(packet: &Packet) -> bool {
         destination_port: packet.local_port,
     };
     // SAFETY: plain data.
-    let Some(flow) = (unsafe { FLOWS.get(&key) }) else {
+    let flow = unsafe { FLOWS.get(&key).or_else(|| AGENT_FLOWS.get(&key)) };
+    let Some(flow) = flow else {
         return false;
     };
     let Some(local) = owner(&packet.local) else {

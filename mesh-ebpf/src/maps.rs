@@ -8,9 +8,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, LruPerCpuHashMap, PerCpuArray, SockHash},
 };
 use mesh_ebpf::{
-    ADDRESSES_MAX, Address, DEAD_MAX, Destination, EDGES_MAX, EdgeCounters, EdgeKey,
-    FAST_SOCKETS_MAX, FLOWS_MAX, FastSocket, Flow, FlowKey, Globals, LISTENERS_MAX, ListenerKey,
-    VERDICTS_MAX, Verdict, WORKLOADS_MAX, Workload, counter,
+    ADDRESSES_MAX, AGENT_FLOWS_MAX, Address, DEAD_MAX, Destination, EDGES_MAX, EdgeCounters,
+    EdgeKey, FAST_SOCKETS_MAX, FLOWS_MAX, FastSocket, Flow, FlowKey, Globals, LISTENERS_MAX,
+    ListenerKey, VERDICTS_MAX, Verdict, WORKLOADS_MAX, Workload, counter,
 };
 
 /// Memory is taken per entry, not up front: most nodes use a small part.
@@ -30,6 +30,8 @@ pub static VERDICTS: LruHashMap<EdgeKey, Verdict> = LruHashMap::pinned(VERDICTS_
 pub static DEAD: HashMap<Destination, u32> = HashMap::pinned(DEAD_MAX, NO_PREALLOC);
 #[map]
 pub static FLOWS: HashMap<FlowKey, Flow> = HashMap::pinned(FLOWS_MAX, NO_PREALLOC);
+#[map]
+pub static AGENT_FLOWS: HashMap<FlowKey, Flow> = HashMap::pinned(AGENT_FLOWS_MAX, NO_PREALLOC);
 #[map]
 pub static FAST_SOCKETS: LruHashMap<u64, FastSocket> = LruHashMap::pinned(FAST_SOCKETS_MAX, 0);
 #[map]
@@ -73,6 +75,12 @@ pub fn may_log() -> bool {
         *last = now;
     }
     true
+}
+
+/// The mesh's generation; none before the agent has set it.
+#[inline(always)]
+pub fn generation() -> Option<u64> {
+    GLOBALS.get(0).map(|globals| globals.generation)
 }
 
 /// Whether an agent listens for this workload: entries of the listener map vanish with the listener.

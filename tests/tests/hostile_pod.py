@@ -16,6 +16,7 @@ OWN, TARGET = sys.argv[1], sys.argv[2]
 ALLOWED, FORBIDDEN = int(sys.argv[3]), int(sys.argv[4])
 CAPTURE_MARK = 0x08000000
 SO_MARK, SO_BINDTODEVICE, IP_TRANSPARENT, MSG_FASTOPEN = 36, 25, 19, 0x20000000
+TCP_FASTOPEN_CONNECT, TCP_FASTOPEN_NO_COOKIE = 30, 34
 IPPROTO_MPTCP = 262
 WAIT = 3
 SYN, RST, ACK = 2, 4, 16
@@ -138,6 +139,24 @@ def second_wind():
         first.close()
         second.close()
     return hits
+
+
+def late_word():
+    """A connection whose SYN waits for the first byte (TCP Fast Open), sent when the test says so."""
+    s = socket.socket()
+    s.settimeout(WAIT)
+    s.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+    s.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_NO_COOKIE, 1)
+    try:
+        s.connect((TARGET, ALLOWED))
+        print("connected", flush=True)
+        sys.stdin.readline()
+        s.send(b"x")
+        return int(len(s.recv(64)) > 0)
+    except OSError:
+        return 0
+    finally:
+        s.close()
 
 
 for trick in sys.argv[5:]:

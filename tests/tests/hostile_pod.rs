@@ -1,7 +1,7 @@
 //! Pods with NET_RAW and NET_ADMIN in their own namespace: marks, raw packets, and the capture's own rules do not
 //! get them past a strict policy. The tricks themselves are in `hostile_pod.py`.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, io::Write as _, path::PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
@@ -10,7 +10,7 @@ use mesh_tests::{
     manifests::policy,
     mesh::{Mesh, MeshSpec},
     process::Program,
-    programs,
+    programs, wait,
 };
 use serde_json::json;
 
@@ -69,15 +69,64 @@ impl World {
         Ok(Self { lab, mesh, script })
     }
 
-    /// Plays tricks from a pod against a target: how many tries of each got through.
-    fn play(&self, from: &Pod, target: &Pod, tricks: &[&str]) -> Result<BTreeMap<String, u64>> {
+    fn script(&self, from: &Pod, target: &Pod, tricks: &[&str]) -> Result<Program> {
         let python = programs::installed("python3").context("python3 is missing")?;
-        let program = Program::new(python)
+        Ok(Program::new(python)
             .arg(&self.script)
             .args([from.address().to_string(), target.address().to_string()])
             .args([PORT.to_string(), FORBIDDEN_PORT.to_string()])
             .args(tricks)
-            .env("FOREIGN", self.lab.pod("web")?.address().to_string());
+            .env("FOREIGN", self.lab.pod("web")?.address().to_string()))
+    }
+
+    /// `web` connects to `api` and says nothing before `meanwhile` has come to pass. Whether it is heard then.
+    fn late_word(&self, meanwhile: impl FnOnce() -> Result<()>) -> Result<bool> {
+        let (web, api) = (self.lab.pod("web")?, self.lab.pod("api")?);
+        let pipe = self.lab.directory().join("say");
+        let _ = fs::remove_file(&pipe);
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU)?;
+        // Both ways, so that neither end waits to be opened.
+        let mut say = fs::File::options().read(true).write(true).open(&pipe)?;
+        let program = self.script(web, api, &["late_word"])?.stdin(&pipe);
+        let mut running = self.lab.spawn(web, &program)?;
+        running.wait_for_output("connected", LIMIT)?;
+        meanwhile()?;
+        writeln!(say)?;
+        let output = running.wait(LIMIT)?.ok()?;
+        Ok(output.ends_with("late_word 1\n"))
+    }
+
+    /// Connections that went from application to application.
+    fn in_kernel(&self) -> Result<f64> {
+        let metrics = self.mesh.metrics(self.lab.node("n1")?)?;
+        Ok(metrics.sum("weft_kernel_connections_total", &[("outcome", "same_node")]))
+    }
+
+    /// Denies somebody `api`, instead of whomever it was before; done when the agents know.
+    fn deny(&self, account: &str) -> Result<()> {
+        let name = format!("deny-{account}");
+        let deny = policy(
+            "AuthorizationPolicy",
+            "shop",
+            &name,
+            json!({
+                "selector": { "matchLabels": { "tier": "api" } },
+                "action": "DENY",
+                "rules": [{ "from": [{ "serviceAccounts": [account] }] }],
+            }),
+        );
+        self.mesh.manifests.write("deny", &[deny])?;
+        let all = [
+            "shop/only-web",
+            "weft-system/weft_strict",
+            &format!("shop/{name}"),
+        ];
+        self.mesh.wait_policies(&self.lab, &all)
+    }
+
+    /// Plays tricks from a pod against a target: how many tries of each got through.
+    fn play(&self, from: &Pod, target: &Pod, tricks: &[&str]) -> Result<BTreeMap<String, u64>> {
+        let program = self.script(from, target, tricks)?;
         let output = self.lab.run(from, &program, 4 * LIMIT)?.ok()?;
         let lines = output.lines().map(|line| {
             let (trick, count) = line.split_once(' ').context("a line of the script")?;
@@ -181,6 +230,39 @@ fn a_socket_that_was_let_through_once_is_judged_again_for_another_port() -> Resu
     ensure!(
         forbidden.served()?.is_empty(),
         "the forbidden port was served"
+    );
+    Ok(())
+}
+
+/// With TCP Fast Open the SYN leaves at the first write, long after `connect(2)` was judged. What counts is the mesh at
+/// that time.
+#[test]
+fn a_syn_that_waits_is_judged_when_it_leaves() -> Result<()> {
+    let world = World::start()?;
+    let (web, api) = (world.lab.pod("web")?, world.lab.pod("api")?);
+    let server = Server::start_with_banner(&world.lab, api, PORT)?;
+    ensure!(world.play(web, api, &["plain"])?["plain"] == 1);
+    // Nothing changes meanwhile: in the kernel.
+    ensure!(world.late_word(|| Ok(()))?, "as it was judged");
+    ensure!(world.in_kernel()? == 1.0, "the kernel carried it");
+    // Something that does not concern it: by tunnel, as every first connection after a change.
+    ensure!(
+        world.late_word(|| world.deny("nobody"))?,
+        "after a change that does not concern it"
+    );
+    ensure!(world.in_kernel()? == 1.0, "the agent carried it");
+    ensure!(world.play(web, api, &["plain"])?["plain"] == 1);
+    ensure!(world.in_kernel()? == 2.0, "the kernel is taught again");
+    wait::until("the server's log", LIMIT, || {
+        Ok((server.served()?.len() == 4).then_some(()))
+    })?;
+    ensure!(
+        !world.late_word(|| world.deny("web"))?,
+        "after it was denied"
+    );
+    ensure!(
+        server.served()?.len() == 4,
+        "a denied connection was served"
     );
     Ok(())
 }

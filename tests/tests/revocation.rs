@@ -21,13 +21,22 @@ const TALK_SECONDS: u64 = 15;
 /// Pause between two records of a connection, milliseconds: each connection is tried many times per edit.
 const RECORD_INTERVAL_MS: u64 = 50;
 
-/// `api` on `n2`; one client to keep and one to deny on each node: from `n1` by tunnel, on `n2` in the kernel.
+/// `api` on `n2`; one client to keep and one to deny on each node: from `n1` by tunnel, on `n2` in the kernel. `plain`
+/// is outside the mesh.
 fn lab() -> Result<Lab> {
     let pod = |name| PodSpec::new(name).namespace("shop");
     Lab::build(
         LabSpec::new(Families::V4)
             .node("n1", [pod("far-kept"), pod("far-denied")])
-            .node("n2", [pod("api"), pod("near-kept"), pod("near-denied")]),
+            .node(
+                "n2",
+                [
+                    pod("api"),
+                    pod("near-kept"),
+                    pod("near-denied"),
+                    PodSpec::new("plain").unmeshed(),
+                ],
+            ),
     )
 }
 
@@ -65,6 +74,7 @@ fn a_policy_change_ends_exactly_the_connections_that_it_forbids() -> Result<()> 
     let mesh = Mesh::start(&lab, MeshSpec::default())?;
     let (api, node) = (lab.pod("api")?, lab.node("n2")?);
     let server = Server::start(&lab, api, PORT)?;
+    let own_server = Server::start(&lab, lab.pod("near-denied")?, PORT)?;
     for near in ["near-kept", "near-denied"] {
         ensure!(
             reaches(&lab, lab.pod(near)?, server.address)?,
@@ -138,6 +148,17 @@ fn a_policy_change_ends_exactly_the_connections_that_it_forbids() -> Result<()> 
         ensure!(
             reaches(&lab, lab.pod(&name)?, server.address)? == served,
             "{name}, anew"
+        );
+    }
+    // The listeners at both ends of the ended flows are unharmed: those of the agent, and the applications' behind them.
+    for listening in [server.address, own_server.address] {
+        ensure!(
+            reaches(&lab, lab.pod("plain")?, listening)?,
+            "in plaintext, to {listening}"
+        );
+        ensure!(
+            reaches(&lab, lab.pod("far-kept")?, listening)?,
+            "by tunnel, to {listening}"
         );
     }
     let revoked = mesh.metrics(node)?.sum("weft_policy_revoked_total", &[]);

@@ -1,11 +1,14 @@
 //! The kernel path between pods of one node: taken only after the proxy has let the same pair through, seen by the
 //! application as what it is, counted, and closed to everybody else.
 
-use std::net::IpAddr;
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
-    conversation::{LIMIT, Server, client, reaches, talk},
+    conversation::{LIMIT, Server, client, reaches, report, talk},
     lab::{Families, Lab, LabSpec, Place, Pod, PodSpec},
     manifests::policy,
     mesh::{Mesh, MeshSpec},
@@ -321,6 +324,89 @@ fn a_source_port_may_change_between_the_kernel_and_the_proxy() -> Result<()> {
             &[policy("AuthorizationPolicy", "shop", &name, edit)],
         )?;
         mesh.wait_policies(&lab, &[&format!("shop/{name}")])?;
+    }
+    Ok(())
+}
+
+/// A process that has entered a pod's namespace and not its cgroup, as debuggers do.
+struct Visitor<'a> {
+    pod: &'a Pod,
+    cgroup: PathBuf,
+}
+
+impl Place for Visitor<'_> {
+    fn netns(&self) -> &Path {
+        self.pod.netns()
+    }
+
+    fn cgroup(&self) -> PathBuf {
+        self.cgroup.clone()
+    }
+}
+
+/// Flows of a process outside the pod's cgroup cannot be recorded, so they go by tunnel, every one of them.
+#[test]
+fn a_process_outside_the_pods_cgroup_is_served_by_tunnel() -> Result<()> {
+    let lab = lab(Families::V4)?;
+    let mesh = Mesh::start(&lab, MeshSpec::default().manifest("policies", only_web()))?;
+    mesh.wait_policies(&lab, &["shop/only-web", "weft-system/weft_strict"])?;
+    let node = Node {
+        lab: &lab,
+        mesh: &mesh,
+    };
+    let server = Server::start(&lab, lab.pod("api")?, PORT)?;
+    let web = lab.pod("web")?;
+    for _ in 0..2 {
+        ensure!(reaches(&lab, web, server.address)?, "web");
+    }
+    ensure!(
+        node.by_tunnel()? == 1 && node.in_kernel()? == 1,
+        "the kernel is taught"
+    );
+    let visitor = Visitor {
+        pod: web,
+        cgroup: lab.nodes()[0].host_cgroup(),
+    };
+    let program = client(server.address)?.args(["--connections", &FAST.to_string()]);
+    let report = talk(&lab, &visitor, &program)?;
+    ensure!(report.complete == FAST && report.lost() == 0, "{report:?}");
+    ensure!(
+        node.by_tunnel()? == 1 + FAST && node.in_kernel()? == 1,
+        "tunnel {}, kernel {}",
+        node.by_tunnel()?,
+        node.in_kernel()?
+    );
+    Ok(())
+}
+
+/// Nobody could revoke a flow with only one end in the mesh.
+#[test]
+fn a_flow_ends_when_either_end_leaves_the_mesh() -> Result<()> {
+    let lab = lab(Families::V4)?;
+    let mesh = Mesh::start(&lab, MeshSpec::default())?;
+    let node = Node {
+        lab: &lab,
+        mesh: &mesh,
+    };
+    let (n1, api, web) = (&lab.nodes()[0], lab.pod("api")?, lab.pod("web")?);
+    let server = Server::start(&lab, api, PORT)?;
+    for leaving in [web, api] {
+        ensure!(reaches(&lab, web, server.address)?, "the first connection");
+        let before = node.in_kernel()?;
+        let held = client(server.address)?.args(["--connections", "4", "--seconds", "20"]);
+        let held = lab.spawn(web, &held)?;
+        wait::until("the flows", LIMIT, || {
+            Ok((node.in_kernel()? == before + 4).then_some(()))
+        })?;
+        mesh.unenroll(&lab, n1, leaving)?;
+        let report = report(held)?;
+        ensure!(
+            report.complete == 0 && report.resets + report.other_errors == 4,
+            "{} left: {report:?}",
+            leaving.spec.name
+        );
+        mesh.enroll(&lab, n1, leaving)?;
+        mesh.wait_enrolled(&lab, n1, leaving)?;
     }
     Ok(())
 }

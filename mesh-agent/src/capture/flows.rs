@@ -7,13 +7,13 @@ use mesh_ebpf::{EdgeCounters, EdgeKey, FlowKey};
 use super::{Capture, Enrolled, kernel};
 use crate::sys::{diag, netns::NetnsCookie};
 
-/// A live same-node flow between two enrolled workloads.
+/// A live same-node flow. An end that has left the mesh is absent.
 #[derive(Debug, Clone)]
 pub struct SameNodeFlow {
     /// Who dialled.
-    pub source: Enrolled,
+    pub source: Option<Enrolled>,
     /// Who was dialled.
-    pub destination: Enrolled,
+    pub destination: Option<Enrolled>,
     /// Address of the client's socket.
     pub source_address: SocketAddr,
     /// Address that was dialled.
@@ -35,13 +35,21 @@ pub struct SameNodeEdge {
 }
 
 impl Capture {
-    /// Same-node flows that live now and whose two ends are enrolled.
+    /// Same-node flows that live now. Those with an end that an earlier agent captured and this one has not taken over
+    /// (yet) are left out: nobody can judge them.
     #[must_use]
     pub fn same_node_flows(&self) -> Vec<SameNodeFlow> {
+        // An end is enrolled, or (inside) has left the mesh; otherwise it is not known which.
+        let end = |cookie: u64| {
+            let enrolled = self.by_cookie(NetnsCookie(cookie));
+            let is_known =
+                enrolled.is_some() || self.kernel().workload(NetnsCookie(cookie)).is_none();
+            is_known.then_some(enrolled)
+        };
         let flow = |(key, flow): (FlowKey, mesh_ebpf::Flow)| {
             Some(SameNodeFlow {
-                source: self.by_cookie(NetnsCookie(flow.source_cookie))?,
-                destination: self.by_cookie(NetnsCookie(flow.destination_cookie))?,
+                source: end(flow.source_cookie)?,
+                destination: end(flow.destination_cookie)?,
                 source_address: SocketAddr::new(kernel::ip(&key.source), port(key.source_port)),
                 destination_address: SocketAddr::new(
                     kernel::ip(&key.destination),
@@ -57,23 +65,21 @@ impl Capture {
             .collect()
     }
 
-    /// Ends a flow with RST at both ends.
+    /// Ends a flow with RST at both ends. One that has left the mesh gets it from the other.
     ///
     /// # Errors
     /// Those of [`diag::destroy_tcp`].
     pub fn end_flow(&self, flow: &SameNodeFlow) -> std::io::Result<()> {
         // The server's end first: its RST is what the client sees then (ECONNRESET, as by a tunnel); a destroyed socket
-        // itself sees ECONNABORTED. The client's end after it, in case the RST was lost.
-        diag::destroy_tcp(
-            &flow.destination.local.netns,
-            flow.destination_address,
-            flow.source_address,
-        )?;
-        diag::destroy_tcp(
-            &flow.source.local.netns,
-            flow.source_address,
-            flow.destination_address,
-        )?;
+        // itself sees ECONNABORTED. The client's end after it, in case the RST was lost or the server's end failed.
+        let (to, from) = (flow.destination_address, flow.source_address);
+        let end = |end: &Option<Enrolled>, local, remote| match end {
+            Some(end) => diag::destroy_tcp(&end.local.netns, local, remote),
+            None => Ok(()),
+        };
+        let server = end(&flow.destination, to, from);
+        let client = end(&flow.source, from, to);
+        server.and(client)?;
         self.kernel().forget_flow(&flow.key);
         Ok(())
     }

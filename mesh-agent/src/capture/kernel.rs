@@ -347,7 +347,7 @@ impl Kernel {
     }
 
     /// Removes the links of a workload.
-    pub(super) fn detach_workload(&self, cookie: NetnsCookie) {
+    fn detach_workload(&self, cookie: NetnsCookie) {
         self.detach(&lookup_pin(cookie));
         self.detach(&flow_pin(cookie));
     }
@@ -405,7 +405,14 @@ pub fn remove_agent_cgroup(config: &KernelConfig) {
     }
 }
 
-/// Returns the cgroup's id, which is the inode of its folder.
+/// The kernel's name of a cgroup is the inode of its folder.
+pub(super) fn cgroup_id(dir: &Path) -> Result<u64, CaptureError> {
+    fs::metadata(dir)
+        .map(|metadata| metadata.ino())
+        .map_err(CaptureError::file("look at", dir))
+}
+
+/// Returns the cgroup's id.
 fn enter_agent_cgroup(config: &KernelConfig) -> Result<u64, CaptureError> {
     let dir = config.agent_cgroup();
     fs::create_dir_all(&dir).map_err(CaptureError::file("create", &dir))?;
@@ -421,9 +428,7 @@ fn enter_agent_cgroup(config: &KernelConfig) -> Result<u64, CaptureError> {
         });
     }
     fs::write(&procs, own).map_err(CaptureError::file("enter the cgroup by", &procs))?;
-    fs::metadata(&dir)
-        .map(|metadata| metadata.ino())
-        .map_err(CaptureError::file("look at", &dir))
+    cgroup_id(&dir)
 }
 
 fn check_file_system(

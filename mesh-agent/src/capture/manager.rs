@@ -12,7 +12,10 @@ use mesh_ebpf::{FLAG_FAIL_CLOSED, FLAG_SAME_NODE};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Listeners, LocalWorkload, Verdicts, dial, error::CaptureError, kernel::Kernel, steering,
+    Listeners, LocalWorkload, Verdicts, dial,
+    error::CaptureError,
+    kernel::{Kernel, cgroup_id},
+    steering,
     steering::FormerSysctls,
 };
 use crate::{
@@ -175,9 +178,14 @@ impl Capture {
             .lock()
             .remove(&(namespace.to_owned(), name.to_owned()))
             .ok_or_else(|| CaptureError::NotEnrolled(format!("workload {namespace}/{name}")))?;
-        self.kernel.forget(enrolled.local.cookie());
-        self.kernel.detach_workload(enrolled.local.cookie());
+        self.kernel.let_go(enrolled.local.cookie());
         Ok(enrolled)
+    }
+
+    /// No longer manages a workload whose listeners are gone, and leaves the kernel side as it is: its connections are
+    /// refused from now on, or pass by its failure mode.
+    pub fn close(&self, namespace: &str, name: &str) {
+        self.lock().remove(&(namespace.to_owned(), name.to_owned()));
     }
 
     /// Removes what is left of a released workload in its namespace.
@@ -259,8 +267,7 @@ impl Capture {
                     cookie = cookie.0,
                     "forgetting a namespace of an earlier agent"
                 );
-                self.kernel.detach_workload(cookie);
-                self.kernel.forget(cookie);
+                self.kernel.let_go(cookie);
             }
         }
     }
@@ -270,9 +277,7 @@ impl Capture {
     /// # Errors
     /// Says what stays behind. A namespace that is gone has nothing left.
     pub async fn abandon(&self, record: &Record) -> Result<(), CaptureError> {
-        let cookie = NetnsCookie(record.cookie);
-        self.kernel.forget(cookie);
-        self.kernel.detach_workload(cookie);
+        self.kernel.let_go(NetnsCookie(record.cookie));
         undo_record(record).await
     }
 
@@ -341,8 +346,7 @@ impl Capture {
     }
 
     async fn undo(&self, enrolled: &Enrolled) {
-        self.kernel.forget(enrolled.local.cookie());
-        self.kernel.detach_workload(enrolled.local.cookie());
+        self.kernel.let_go(enrolled.local.cookie());
         if let Err(error) = self.clean(enrolled).await {
             let workload = &enrolled.record.enrolment.name;
             tracing::warn!(%workload, %error, "something of the failed enrolment stays behind");
@@ -369,16 +373,23 @@ pub async fn undo_record(record: &Record) -> Result<(), CaptureError> {
 }
 
 fn kernel_workload(enrolled: &Enrolled, settings: CaptureSettings) -> mesh_ebpf::Workload {
+    let cgroup = &enrolled.record.enrolment.cgroup;
+    // A cgroup that has gone has no processes left, so nothing of it goes the same-node way.
+    let cgroup = cgroup
+        .as_ref()
+        .and_then(|path| cgroup_id(Path::new(path)).ok());
+    let cgroup = cgroup.unwrap_or_default();
     let mut flags = 0;
     if settings.failure_mode == FailureMode::Closed {
         flags |= FLAG_FAIL_CLOSED;
     }
-    if settings.same_node == SameNode::Kernel && enrolled.record.enrolment.cgroup.is_some() {
+    if settings.same_node == SameNode::Kernel && cgroup != 0 {
         flags |= FLAG_SAME_NODE;
     }
     mesh_ebpf::Workload {
         cookie: enrolled.local.cookie().0,
         flags,
         padding: 0,
+        cgroup,
     }
 }

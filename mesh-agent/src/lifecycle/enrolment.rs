@@ -126,6 +126,11 @@ impl Agent {
                 );
                 Ok(enrolled)
             }
+            // What an earlier agent had captured must not become open because of it.
+            Err(error) if former.is_some() => {
+                self.capture.close(&enrolment.namespace, &enrolment.name);
+                Err(error.into())
+            }
             Err(error) => {
                 let released = self
                     .capture

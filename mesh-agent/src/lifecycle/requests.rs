@@ -254,8 +254,8 @@ impl Agent {
             "certificates": self.certificates.status(),
             "workers": self.workers.loads(),
             "sameNodeFlows": self.capture.same_node_flows().iter().map(|flow| json!({
-                "source": format!("{}/{}", flow.source.local.namespace, flow.source.local.name),
-                "destination": format!("{}/{}", flow.destination.local.namespace, flow.destination.local.name),
+                "source": flow.source.as_ref().map(full_name),
+                "destination": flow.destination.as_ref().map(full_name),
                 "sourceAddress": flow.source_address.to_string(),
                 "destinationAddress": flow.destination_address.to_string(),
             })).collect::<Vec<_>>(),
@@ -277,6 +277,10 @@ impl Agent {
             "snapshotFailures": status.snapshot_failures,
         })
     }
+}
+
+fn full_name(enrolled: &Enrolled) -> String {
+    format!("{}/{}", enrolled.local.namespace, enrolled.local.name)
 }
 
 fn failure_mode(mode: FailureMode) -> &'static str {

@@ -101,14 +101,16 @@ impl Agent {
         }
     }
 
-    /// An end that discovery does not know (any more) is unknown, and unknown means deny.
+    /// An end that has left the mesh, or that discovery does not know (any more), is unknown, and unknown means deny.
     fn may_go_on(&self, flow: &SameNodeFlow) -> bool {
         let state = self.mesh.read();
         let known = |local: &LocalWorkload| {
             state.local_workload(&self.config.node.name, &local.namespace, &local.name)
         };
-        let (Some(source), Some(destination)) =
-            (known(&flow.source.local), known(&flow.destination.local))
+        let (Some(source), Some(destination)) = (&flow.source, &flow.destination) else {
+            return false;
+        };
+        let (Some(source), Some(destination)) = (known(&source.local), known(&destination.local))
         else {
             return false;
         };

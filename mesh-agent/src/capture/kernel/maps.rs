@@ -72,10 +72,17 @@ impl Kernel {
             .map_err(|error| CaptureError::map("WORKLOADS", error))
     }
 
-    /// Forgets everything of a namespace but its links.
-    pub(in crate::capture) fn forget(&self, cookie: NetnsCookie) {
+    /// Stops capturing a namespace. Outbound first: what `connect(2)` still captured would find nobody once the inbound
+    /// program or the listeners have gone.
+    pub(in crate::capture) fn let_go(&self, cookie: NetnsCookie) {
+        report("WORKLOADS", self.lock().workloads.remove(&cookie.0));
+        self.detach_workload(cookie);
+        self.forget(cookie);
+    }
+
+    /// Forgets what belongs to a namespace, live flows aside: those must still be found to be ended.
+    fn forget(&self, cookie: NetnsCookie) {
         let mut maps = self.lock();
-        report("WORKLOADS", maps.workloads.remove(&cookie.0));
         let addresses: Vec<Address> = maps
             .addresses
             .iter()
@@ -99,18 +106,6 @@ impl Kernel {
                     padding: 0,
                 }),
             );
-        }
-        let flows: Vec<FlowKey> = maps
-            .flows
-            .iter()
-            .flatten()
-            .filter(|(_, flow)| {
-                flow.source_cookie == cookie.0 || flow.destination_cookie == cookie.0
-            })
-            .map(|(key, _)| key)
-            .collect();
-        for key in flows {
-            report("FLOWS", maps.flows.remove(&key));
         }
         let edges: Vec<EdgeKey> = maps
             .edges
@@ -181,12 +176,7 @@ impl Kernel {
 
     /// Same-node flows that live now.
     pub(in crate::capture) fn same_node_flows(&self) -> Vec<(FlowKey, Flow)> {
-        self.lock()
-            .flows
-            .iter()
-            .flatten()
-            .filter(|(_, flow)| flow.source_cookie != 0)
-            .collect()
+        self.lock().flows.iter().flatten().collect()
     }
 
     /// Forgets a flow that was destroyed.

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     AgentError, credentials,
     enrolment::{Key, Missing},
-    kernel_metrics,
+    harden, kernel_metrics,
     records::Records,
     requests::AdminView,
     run_dir::RunDir,
@@ -69,6 +69,8 @@ impl Agent {
 pub fn run(config: AgentConfig, logs: LogControl) -> Result<(), AgentError> {
     let system = |what| move |source| AgentError::System { what, source };
     raise_descriptor_limit();
+    // Capabilities and filters belong to threads, which inherit them: before there is a second one.
+    harden::confine()?;
     rustls::crypto::aws_lc_rs::default_provider()
         .install_default()
         .map_err(|_| AgentError::CryptoProvider)?;

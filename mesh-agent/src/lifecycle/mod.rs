@@ -5,6 +5,7 @@ mod credentials;
 mod enrolment;
 mod error;
 mod follow;
+mod harden;
 mod kernel_metrics;
 pub mod records;
 mod requests;

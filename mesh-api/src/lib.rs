@@ -10,4 +10,5 @@ pub mod identity;
 pub mod local;
 pub mod manifest;
 pub mod names;
+pub mod one_line;
 pub mod proto;

@@ -1,7 +1,8 @@
 //! Structured logs to standard error, with a filter that can be changed while running.
 
-use std::io::IsTerminal as _;
+use std::io::{self, IsTerminal as _};
 
+use mesh_api::one_line::OneLine;
 use tracing_subscriber::{
     EnvFilter, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt,
 };
@@ -66,12 +67,16 @@ pub fn init(filter: &str, format: Format) -> Result<LogControl, LogError> {
     let (filter, handle) = reload::Layer::new(parse(filter)?);
     // Colours are for a person in front of a terminal, not for a file or a log collector.
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_ansi(io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(filter);
     match format {
-        Format::Text => registry.with(lines).try_init()?,
-        Format::Json => registry.with(lines.json().flatten_event(true)).try_init()?,
+        Format::Text => registry
+            .with(lines.with_writer(|| OneLine(io::stderr())))
+            .try_init()?,
+        // JSON escapes control characters by itself (RFC 8259 section 7).
+        Format::Json => registry
+            .with(lines.with_writer(io::stderr).json().flatten_event(true))
+            .try_init()?,
     }
     Ok(LogControl { handle })
 }
@@ -96,7 +101,50 @@ impl LogControl {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::Write,
+        sync::{Arc, Mutex},
+    };
+
     use super::*;
+
+    /// What one event with a hostile value looks like.
+    fn line_of(value: &str) -> String {
+        let written = Arc::new(Mutex::new(Vec::new()));
+        let sink = written.clone();
+        let lines = tracing_subscriber::fmt::layer()
+            .with_ansi(false)
+            .with_writer(move || OneLine(Sink(sink.clone())));
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(lines), || {
+            tracing::info!(name = %value, debug = ?value, "message of {value}");
+        });
+        let bytes = written.lock().expect("not poisoned").clone();
+        String::from_utf8(bytes).expect("UTF-8")
+    }
+
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("not poisoned").extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn no_value_begins_a_line_of_its_own_or_moves_the_cursor() {
+        let forged = "web\r\n2026-01-01T00:00:00Z  INFO access: forged\x1b[2J\x07";
+        let line = line_of(forged);
+        assert_eq!(line.matches('\n').count(), 1, "{line:?}");
+        assert!(line.ends_with('\n') && line.contains("forged"), "{line:?}");
+        let control = |c: char| c.is_ascii_control() && c != '\n';
+        assert!(!line.contains(control), "{line:?}");
+        assert!(line_of("wéb").contains("name=wéb"), "other text is left alone");
+    }
 
     #[test]
     fn the_filter_changes_and_a_malformed_one_changes_nothing() {

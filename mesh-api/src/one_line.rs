@@ -50,11 +50,16 @@ mod tests {
         for (event, expected) in [
             ("plain\n", "plain\n"),
             ("a\nb\r\n", "a\\nb\\r\n"),
-            ("\x1b[32mINFO\x1b[0m a\tb\x07", "\x1b[32mINFO\x1b[0m a\\tb\\x07"),
+            (
+                "\x1b[32mINFO\x1b[0m a\tb\x07",
+                "\x1b[32mINFO\x1b[0m a\\tb\\x07",
+            ),
             ("wéb\n", "wéb\n"),
         ] {
             let mut lines = OneLine(Vec::new());
-            lines.write_all(event.as_bytes()).expect("a vector takes all");
+            lines
+                .write_all(event.as_bytes())
+                .expect("a vector takes all");
             assert_eq!(String::from_utf8_lossy(&lines.0), expected, "{event:?}");
         }
     }

@@ -66,8 +66,7 @@ fn parse(filter: &str) -> Result<EnvFilter, LogError> {
 pub fn init(filter: &str, format: Format) -> Result<LogControl, LogError> {
     let (filter, handle) = reload::Layer::new(parse(filter)?);
     // Colours are for a person in front of a terminal, not for a file or a log collector.
-    let lines = tracing_subscriber::fmt::layer()
-        .with_ansi(io::stderr().is_terminal());
+    let lines = tracing_subscriber::fmt::layer().with_ansi(io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(filter);
     match format {
         Format::Text => registry
@@ -143,7 +142,10 @@ mod tests {
         assert!(line.ends_with('\n') && line.contains("forged"), "{line:?}");
         let control = |c: char| c.is_ascii_control() && c != '\n';
         assert!(!line.contains(control), "{line:?}");
-        assert!(line_of("wéb").contains("name=wéb"), "other text is left alone");
+        assert!(
+            line_of("wéb").contains("name=wéb"),
+            "other text is left alone"
+        );
     }
 
     #[test]

@@ -24,7 +24,9 @@ fn main() -> io::Result<()> {
 }
 
 fn write(target: &str, name: &str, bytes: &[u8]) -> io::Result<()> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("corpus")
+        .join(target);
     fs::create_dir_all(&folder)?;
     fs::write(folder.join(name), bytes)
 }
@@ -35,17 +37,30 @@ fn certificates() -> io::Result<()> {
     let root = world.material.roots[0].as_ref();
     write("peer_certificate", "leaf", leaf)?;
     write("peer_certificate", "authority", root)?;
-    let mut two = u16::try_from(leaf.len()).unwrap_or(u16::MAX).to_be_bytes().to_vec();
+    let mut two = u16::try_from(leaf.len())
+        .unwrap_or(u16::MAX)
+        .to_be_bytes()
+        .to_vec();
     two.extend(leaf);
     two.extend(root);
     write("peer_certificate", "leaf_and_authority", &two)?;
     write("peer_certificate", "cut", &leaf[..leaf.len() / 2])?;
-    write("authority_answer", "usual", world.answer.join("\n--\n").as_bytes())?;
+    write(
+        "authority_answer",
+        "usual",
+        world.answer.join("\n--\n").as_bytes(),
+    )?;
     let reversed: Vec<&str> = world.answer.iter().rev().map(String::as_str).collect();
-    write("authority_answer", "reversed", reversed.join("\n--\n").as_bytes())?;
+    write(
+        "authority_answer",
+        "reversed",
+        reversed.join("\n--\n").as_bytes(),
+    )?;
     write("authority_answer", "alone", world.answer[0].as_bytes())?;
     write("signing_request", "usual", world.request.as_bytes())?;
-    let other_label = world.request.replace("CERTIFICATE REQUEST", "NEW CERTIFICATE REQUEST");
+    let other_label = world
+        .request
+        .replace("CERTIFICATE REQUEST", "NEW CERTIFICATE REQUEST");
     write("signing_request", "other_label", other_label.as_bytes())?;
     write("signing_request", "certificate", world.answer[0].as_bytes())
 }
@@ -83,7 +98,13 @@ fn full_workload() -> io::Result<()> {
         uid: "c1//Pod/shop/cart".into(),
         name: "cart".into(),
         namespace: "shop".into(),
-        addresses: vec![vec![10, 1, 0, 5], [0; 10].into_iter().chain([0xff, 0xff, 10, 1, 0, 6]).collect()],
+        addresses: vec![
+            vec![10, 1, 0, 5],
+            [0; 10]
+                .into_iter()
+                .chain([0xff, 0xff, 10, 1, 0, 6])
+                .collect(),
+        ],
         network: "n".into(),
         tunnel_protocol: wire::TunnelProtocol::Hbone.into(),
         trust_domain: "cluster.local".into(),
@@ -157,7 +178,9 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// A frame (RFC 9113 section 4.1).
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX).to_be_bytes();
+    let length = u32::try_from(payload.len())
+        .unwrap_or(u32::MAX)
+        .to_be_bytes();
     let mut bytes = length[1..].to_vec();
     bytes.extend([kind, flags]);
     bytes.extend(stream.to_be_bytes());
@@ -194,27 +217,61 @@ fn frames() -> io::Result<()> {
     let begin = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
     let request = frame(HEADERS, END_HEADERS, 1, &connect("10.1.0.5:80"));
     let server = |name: &str, parts: &[Vec<u8>]| {
-        write("tunnel_server", name, &[begin.clone(), parts.concat()].concat())
+        write(
+            "tunnel_server",
+            name,
+            &[begin.clone(), parts.concat()].concat(),
+        )
     };
     server("nothing_more", &[])?;
-    server("data", &[request.clone(), frame(DATA, 0, 1, b"hello"), frame(DATA, END_STREAM, 1, b"")])?;
-    server("reset", &[request.clone(), frame(RST_STREAM, 0, 1, &8_u32.to_be_bytes())])?;
+    server(
+        "data",
+        &[
+            request.clone(),
+            frame(DATA, 0, 1, b"hello"),
+            frame(DATA, END_STREAM, 1, b""),
+        ],
+    )?;
+    server(
+        "reset",
+        &[
+            request.clone(),
+            frame(RST_STREAM, 0, 1, &8_u32.to_be_bytes()),
+        ],
+    )?;
     server("ping", &[frame(PING, 0, 0, &[7; 8]), request.clone()])?;
-    server("windows", &[
-        request.clone(),
-        frame(WINDOW_UPDATE, 0, 0, &0x7fff_ffff_u32.to_be_bytes()),
-        frame(WINDOW_UPDATE, 0, 1, &0_u32.to_be_bytes()),
-    ])?;
-    server("settings", &[frame(SETTINGS, 0, 0, &[0, 4, 0xff, 0xff, 0xff, 0xff, 0, 5, 0, 0, 0, 1])])?;
-    server("closed_window", &[
-        frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]),
-        request.clone(),
-        frame(DATA, 0, 1, &[1; 64]),
-    ])?;
-    server("continuation", &[
-        frame(HEADERS, 0, 1, &connect("cart.shop:80")),
-        frame(CONTINUATION, END_HEADERS, 1, &[0, 1, b'a', 1, b'b']),
-    ])?;
+    server(
+        "windows",
+        &[
+            request.clone(),
+            frame(WINDOW_UPDATE, 0, 0, &0x7fff_ffff_u32.to_be_bytes()),
+            frame(WINDOW_UPDATE, 0, 1, &0_u32.to_be_bytes()),
+        ],
+    )?;
+    server(
+        "settings",
+        &[frame(
+            SETTINGS,
+            0,
+            0,
+            &[0, 4, 0xff, 0xff, 0xff, 0xff, 0, 5, 0, 0, 0, 1],
+        )],
+    )?;
+    server(
+        "closed_window",
+        &[
+            frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]),
+            request.clone(),
+            frame(DATA, 0, 1, &[1; 64]),
+        ],
+    )?;
+    server(
+        "continuation",
+        &[
+            frame(HEADERS, 0, 1, &connect("cart.shop:80")),
+            frame(CONTINUATION, END_HEADERS, 1, &[0, 1, b'a', 1, b'b']),
+        ],
+    )?;
     let burst: Vec<Vec<u8>> = (0..12)
         .flat_map(|number| {
             let stream = 1 + 2 * number;
@@ -226,7 +283,15 @@ fn frames() -> io::Result<()> {
         .collect();
     server("rapid_reset", &burst)?;
     server("goaway", &[request, frame(GOAWAY, 0, 0, &[0; 8])])?;
-    server("get", &[frame(HEADERS, END_HEADERS | END_STREAM, 1, &[0x82, 0x84, 0x87])])?;
+    server(
+        "get",
+        &[frame(
+            HEADERS,
+            END_HEADERS | END_STREAM,
+            1,
+            &[0x82, 0x84, 0x87],
+        )],
+    )?;
     answers()
 }
 
@@ -234,15 +299,34 @@ fn frames() -> io::Result<()> {
 fn answers() -> io::Result<()> {
     let begin = [frame(SETTINGS, 0, 0, &[]), frame(SETTINGS, ACK, 0, &[])].concat();
     let client = |name: &str, parts: &[Vec<u8>]| {
-        write("tunnel_client", name, &[begin.clone(), parts.concat()].concat())
+        write(
+            "tunnel_client",
+            name,
+            &[begin.clone(), parts.concat()].concat(),
+        )
     };
     let accepted = frame(HEADERS, END_HEADERS, 1, &[0x88]);
     client("nothing_more", &[])?;
-    client("accepted", &[accepted.clone(), frame(DATA, END_STREAM, 1, b"hello")])?;
-    client("refused", &[frame(HEADERS, END_HEADERS | END_STREAM, 1, &[0x8d])])?;
-    client("reset", &[accepted.clone(), frame(RST_STREAM, 0, 1, &8_u32.to_be_bytes())])?;
+    client(
+        "accepted",
+        &[accepted.clone(), frame(DATA, END_STREAM, 1, b"hello")],
+    )?;
+    client(
+        "refused",
+        &[frame(HEADERS, END_HEADERS | END_STREAM, 1, &[0x8d])],
+    )?;
+    client(
+        "reset",
+        &[
+            accepted.clone(),
+            frame(RST_STREAM, 0, 1, &8_u32.to_be_bytes()),
+        ],
+    )?;
     client("goaway", &[frame(GOAWAY, 0, 0, &[0; 8])])?;
-    client("informational", &[frame(HEADERS, END_HEADERS, 1, &literal(8, "103")), accepted])?;
+    client(
+        "informational",
+        &[frame(HEADERS, END_HEADERS, 1, &literal(8, "103")), accepted],
+    )?;
     client("no_streams", &[frame(SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 0])])?;
     client("push", &[frame(5, END_HEADERS, 1, &[0, 0, 0, 2, 0x82])])
 }

@@ -29,16 +29,19 @@ pub(crate) fn peer_certificate(bytes: &[u8]) {
     // The chain is not signed by the mesh's authority, whatever it is: nobody must come out of the handshake.
     let own = chain == world.material.chain;
     match handshake(chain) {
-        Ok(identity) => assert!(own, "{identity} was believed without the authority's signature"),
+        Ok(identity) => assert!(
+            own,
+            "{identity} was believed without the authority's signature"
+        ),
         Err(rejection) => drop(rejection.to_string()),
     }
     drop(alone.map(|identity| identity.to_string()));
 }
 
 fn chain(bytes: &[u8]) -> Vec<CertificateDer<'static>> {
-    let split = bytes.split_first_chunk::<2>().and_then(|(length, rest)| {
-        rest.split_at_checked(usize::from(u16::from_be_bytes(*length)))
-    });
+    let split = bytes
+        .split_first_chunk::<2>()
+        .and_then(|(length, rest)| rest.split_at_checked(usize::from(u16::from_be_bytes(*length))));
     let parts = match split {
         Some((leaf, next)) if !next.is_empty() => vec![leaf, next],
         _ => vec![bytes],

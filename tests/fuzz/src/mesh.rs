@@ -49,7 +49,13 @@ pub(crate) fn xds_address(bytes: &[u8]) {
 fn use_everything(state: &MeshState) {
     drop(state.dump().to_string());
     drop(state.dead_destinations());
-    for address in ["10.1.0.5", "fd00::5", "10.96.0.7", "0.0.0.0", "255.255.255.255"] {
+    for address in [
+        "10.1.0.5",
+        "fd00::5",
+        "10.96.0.7",
+        "0.0.0.0",
+        "255.255.255.255",
+    ] {
         let address = address.parse().expect("a literal");
         let Some(workload) = state.workload_by_address(address) else {
             continue;

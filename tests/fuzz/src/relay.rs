@@ -98,7 +98,11 @@ fn compare(sender: &Saw, receiver: &Saw) {
         "bytes were changed on their way"
     );
     if receiver.heard_end && !sender.reset && !receiver.reset {
-        assert_eq!(sender.sent.len(), receiver.heard.len(), "bytes were lost before FIN");
+        assert_eq!(
+            sender.sent.len(),
+            receiver.heard.len(),
+            "bytes were lost before FIN"
+        );
     }
 }
 

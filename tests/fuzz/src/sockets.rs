@@ -93,7 +93,10 @@ impl LocalHandler for Handler {
                 return Response::Error { message };
             }
             for path in [Some(&enrolment.netns), enrolment.cgroup.as_ref()] {
-                assert!(path.is_none_or(|path| path.starts_with('/')), "{enrolment:?}");
+                assert!(
+                    path.is_none_or(|path| path.starts_with('/')),
+                    "{enrolment:?}"
+                );
             }
         }
         Response::Done {

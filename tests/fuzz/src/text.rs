@@ -30,7 +30,11 @@ pub(crate) fn connect_authority(bytes: &[u8]) {
             format!("{host}:{port}")
         }
     };
-    assert_eq!(parse_authority(&written).as_ref(), Ok(&authority), "{text:?}");
+    assert_eq!(
+        parse_authority(&written).as_ref(),
+        Ok(&authority),
+        "{text:?}"
+    );
 }
 
 /// First line: `forwarded`. Second: `traceparent`. Third: names of a workload.
@@ -52,11 +56,16 @@ pub(crate) fn connect_headers(bytes: &[u8]) {
         assert_eq!(forwarded_host(&own), Some(host));
     }
     if let Some(trace) = TraceParent::from_headers(&headers) {
-        let written = trace.header().expect("hexadecimal digits fit into a header");
+        let written = trace
+            .header()
+            .expect("hexadecimal digits fit into a header");
         let (given, written) = (headers.get(TRACEPARENT), written.as_bytes());
         // The flags, the last part, are not passed on.
         let names = |value: &[u8]| value.get(..52).map(<[u8]>::to_vec);
-        assert_eq!(given.and_then(|value| names(value.as_bytes())), names(written));
+        assert_eq!(
+            given.and_then(|value| names(value.as_bytes())),
+            names(written)
+        );
     }
     if let Some(value) = baggage(&workload(&String::from_utf8_lossy(names))) {
         let text = value.to_str().expect("baggage is ASCII");

@@ -51,6 +51,25 @@ fn variations_of_committed_inputs_are_read_without_a_panic() {
     }
 }
 
+/// `cargo xtask fuzz` knows the targets by their folders.
+#[test]
+fn every_target_has_a_folder_and_every_folder_a_target() {
+    let mut names: Vec<String> = TARGETS.iter().map(|it| it.name.to_owned()).collect();
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    let mut folders: Vec<String> = fs::read_dir(corpus)
+        .expect("the corpus is there")
+        .map(|entry| {
+            entry
+                .expect("readable")
+                .file_name()
+                .to_string_lossy()
+                .into_owned()
+        })
+        .collect();
+    (names.sort(), folders.sort());
+    assert_eq!(names, folders);
+}
+
 #[test]
 fn a_panic_is_seen() {
     let target = Target {
@@ -77,7 +96,9 @@ fn read(target: &Target, bytes: &[u8]) -> Result<(), String> {
 }
 
 fn inputs(target: &Target) -> Vec<(PathBuf, Vec<u8>)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target.name);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("corpus")
+        .join(target.name);
     let mut paths: Vec<PathBuf> = fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
         .map(|entry| entry.expect("readable").path())

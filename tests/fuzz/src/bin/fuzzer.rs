@@ -20,4 +20,7 @@ fn chosen() -> &'static Target {
     })
 }
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| (chosen().run)(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let target = chosen();
+    (target.run)(bytes.get(..target.max_bytes).unwrap_or(bytes));
+});

@@ -157,11 +157,12 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
         Command::Run(args) => {
             let config = run_config(*args)?;
             config.validate()?;
+            require_root()?;
+            let confined = lifecycle::confine()?;
             let logs = logging::init(&cli.log, cli.log_format.into())?;
             let _flush = FlushAtEnd(logs.clone());
-            require_root()?;
             sys::netns::remember_home().context("open the agent's own network namespace")?;
-            Ok(lifecycle::run(config, logs)?)
+            Ok(lifecycle::run(config, logs, &confined)?)
         }
         Command::Uninstall(paths) => {
             let config = path_config(paths)?;

@@ -11,4 +11,5 @@ pub mod limits;
 pub mod local;
 pub mod manifest;
 pub mod names;
+pub mod one_line;
 pub mod proto;

@@ -100,6 +100,23 @@ pub struct Status {
     pub workloads: Vec<WorkloadStatus>,
     /// What readiness still waits for; empty when ready.
     pub pending: Vec<String>,
+    /// What the agent's process may do; absent where the kernel does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confinement: Option<Confinement>,
+}
+
+/// What a process has given up, as the kernel sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Confinement {
+    /// Capabilities that it holds, without the prefix `CAP_`.
+    pub capabilities: Vec<String>,
+    /// No program that it starts can gain rights.
+    pub no_new_privileges: bool,
+    /// System calls that it never needs are refused.
+    pub system_call_filter: bool,
+    /// Whether a crash may write its memory, keys included, to disk.
+    pub core_dumps: bool,
 }
 
 /// One enrolled workload.

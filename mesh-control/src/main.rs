@@ -40,6 +40,7 @@ use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use mesh_api::one_line::OneLine;
 use mesh_control::{
     ControlPlane,
     config::{
@@ -48,7 +49,10 @@ use mesh_control::{
     },
     files::FilesSource,
 };
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::{
+    prctl,
+    resource::{Resource, getrlimit, setrlimit},
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
@@ -219,6 +223,12 @@ async fn main() -> ExitCode {
     }
 }
 
+/// The authority's key is in this process: no core dump holds it, and no debugger of the same user reads it.
+fn keep_the_key_in_memory() -> anyhow::Result<()> {
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).context("cannot forbid core dumps")?;
+    prctl::set_dumpable(false).context("cannot protect the memory of this process")
+}
+
 fn validate(folder: &std::path::Path) -> ExitCode {
     let (source, changes) = match FilesSource::open(folder, &MeshConfig::default().root_namespace) {
         Ok(opened) => opened,
@@ -251,13 +261,13 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&args.log).context("--log is not a filter")?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
     match args.log_format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Text => log.with_writer(|| OneLine(std::io::stderr())).init(),
+        LogFormat::Json => log.with_writer(std::io::stderr).json().init(),
     }
     raise_descriptor_limit();
+    keep_the_key_in_memory()?;
     // Before anything is started, so that a signal during the start is not lost.
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;

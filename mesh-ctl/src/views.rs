@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use mesh_api::local::{Status, WorkloadStatus};
+use mesh_api::local::{Confinement, Status, WorkloadStatus};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -32,6 +32,13 @@ pub fn status(status: &Status, now: i64) -> String {
         ("Ready", ready),
         ("Discovery", discovery(&status.discovery)),
         ("Snapshot", snapshot(&status.snapshot)),
+        (
+            "Rights",
+            status
+                .confinement
+                .as_ref()
+                .map_or_else(|| "unknown".to_owned(), rights),
+        ),
     ] {
         push_line(&mut text, format_args!("{label:<11}{}", printable(&value)));
     }
@@ -55,6 +62,17 @@ pub fn status(status: &Status, now: i64) -> String {
         table.row(workload_row(workload, now));
     }
     text + &table.render()
+}
+
+fn rights(confinement: &Confinement) -> String {
+    let yes_or_no = |holds| if holds { "yes" } else { "no" };
+    format!(
+        "{}; no new privileges: {}, system calls filtered: {}, core dumps: {}",
+        confinement.capabilities.join(" "),
+        yes_or_no(confinement.no_new_privileges),
+        yes_or_no(confinement.system_call_filter),
+        yes_or_no(confinement.core_dumps),
+    )
 }
 
 fn discovery(state: &str) -> String {
@@ -300,6 +318,12 @@ mod tests {
             snapshot: "current".to_owned(),
             workloads: vec![workload("web"), unknown],
             pending: Vec::new(),
+            confinement: Some(Confinement {
+                capabilities: vec!["NET_ADMIN".to_owned(), "SYS_ADMIN".to_owned()],
+                no_new_privileges: true,
+                system_call_filter: true,
+                core_dumps: false,
+            }),
         }
     }
 
@@ -311,6 +335,7 @@ Agent      0.1.0, pid 4242, up 2h10m
 Ready      yes
 Discovery  connected
 Snapshot   current
+Rights     NET_ADMIN SYS_ADMIN; no new privileges: yes, system calls filtered: yes, core dumps: no
 
 NAMESPACE  NAME    ADDRESSES              IDENTITY                      CAPTURE                  CERTIFICATE        SAME-NODE  ON-DEATH  OPEN
 shop       web     10.77.1.10,fd77:1::10  cluster.local/ns/shop/sa/web  ok                       valid, 11h6m left  kernel     closed       3

@@ -88,6 +88,7 @@ fn node() -> Status {
         snapshot: "current".to_owned(),
         workloads: Vec::new(),
         pending: Vec::new(),
+        confinement: None,
     }
 }
 

@@ -495,6 +495,15 @@ impl Mesh {
         )
     }
 
+    /// Everything that a node's running agent has logged; empty without one.
+    #[must_use]
+    pub fn full_log_of(&self, node: &Node) -> String {
+        self.agents
+            .get(&node.name)
+            .map(Running::stderr)
+            .unwrap_or_default()
+    }
+
     /// What the running control plane has logged; empty without one.
     #[must_use]
     pub fn control_log(&self) -> String {

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use mesh_tests::skip;
 
 use crate::{
-    build,
+    build, fuzz,
     setup::{self, Need},
     shell::{cargo, is_root, line_of, say, target_directory},
 };
@@ -23,7 +23,8 @@ const HOUR_SECONDS: f64 = 3600.0;
 /// quick: unit tests, under a minute once built; no root needed.
 /// full (the default, and CI's): builds what is missing, then unit tests and the end-to-end tests in network
 /// namespaces; needs root.
-/// soak: the end-to-end tests again and again for --hours, with long waits where a test has them; by hand.
+/// soak: ten minutes of `cargo xtask fuzz` for every target, then the end-to-end tests again and again for --hours, with
+/// long waits where a test has them; by hand.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Options {
@@ -84,7 +85,12 @@ pub fn run(options: &Options) -> Result<()> {
     match options.tier {
         Tier::Quick => {}
         Tier::Full => end_to_end(options, &skips, &mut summary)?,
-        Tier::Soak => soak(options, &skips, &mut summary)?,
+        Tier::Soak => {
+            if options.filter.is_none() {
+                fuzz(&mut summary)?;
+            }
+            soak(options, &skips, &mut summary)?;
+        }
     }
     summary.note_skips(skips.read()?);
     summary.print(began.elapsed());
@@ -136,6 +142,15 @@ fn end_to_end(options: &Options, skips: &skip::Notes, summary: &mut Summary) -> 
     observe(&mut command, summary)
 }
 
+/// A target with findings counts as a failed test.
+fn fuzz(summary: &mut Summary) -> Result<()> {
+    for target in fuzz::all(fuzz::SOAK_MINUTES)? {
+        summary.failed += 1;
+        summary.failures.push(format!("fuzz target {target}"));
+    }
+    Ok(())
+}
+
 fn soak(options: &Options, skips: &skip::Notes, summary: &mut Summary) -> Result<()> {
     let end = Instant::now() + Duration::from_secs_f64(options.hours * HOUR_SECONDS);
     let mut round = 0;
@@ -144,7 +159,7 @@ fn soak(options: &Options, skips: &skip::Notes, summary: &mut Summary) -> Result
         say(&format!("soak round {round}"));
         end_to_end(options, skips, summary)?;
         if summary.failed > 0 {
-            say(&format!("round {round} failed; ending"));
+            say(&format!("round {round} ends with failures; ending"));
             break;
         }
     }

@@ -13,7 +13,7 @@ use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
     body::{Body, Incoming},
-    header::{ALLOW, CONTENT_TYPE, HeaderValue},
+    header::{ALLOW, CONTENT_TYPE, HOST, HeaderValue, ORIGIN},
     server::conn::http1,
     service::service_fn,
 };
@@ -55,9 +55,12 @@ pub struct BindError {
 
 /// Which pages a server has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Site {
+pub enum Site {
+    /// `/metrics`, for everybody.
     Metrics,
+    /// `/healthz/ready`, for everybody.
     Readiness,
+    /// State and log level, for this machine.
     Admin,
 }
 
@@ -167,7 +170,8 @@ async fn serve(site: Site, listener: TcpListener, state: Arc<dyn AdminState>) {
     }
 }
 
-async fn connection(
+/// Answers the one request of a connection, within [`CONNECTION_TIMEOUT`].
+pub async fn connection(
     site: Site,
     stream: impl AsyncRead + AsyncWrite + Unpin + Send,
     state: Arc<dyn AdminState>,
@@ -199,6 +203,12 @@ fn answer(site: Site, request: &Request<Incoming>, state: &dyn AdminState) -> An
             "no request here has a body\n",
         );
     }
+    if site == Site::Admin && !is_asked_by_this_machine(request) {
+        return text(
+            StatusCode::FORBIDDEN,
+            "admin is asked by a loopback address or localhost, and not by web pages\n",
+        );
+    }
     let (path, query) = (
         request.uri().path(),
         request.uri().query().unwrap_or_default(),
@@ -226,6 +236,36 @@ fn answer(site: Site, request: &Request<Incoming>, state: &dyn AdminState) -> An
             "there are /config_dump, /dump, /logging, /healthz/live here\n",
         ),
     }
+}
+
+/// Whether the request names this machine the way a program on it does. A browser on this machine may be made to ask
+/// loopback under a name of somebody else's (DNS rebinding: the name is then in `Host`, RFC 9110 section 7.2) or for a
+/// page of somebody else (`Origin`, RFC 6454 section 7).
+fn is_asked_by_this_machine<B>(request: &Request<B>) -> bool {
+    let headers = request.headers();
+    let target = request
+        .uri()
+        .authority()
+        .is_none_or(|authority| names_this_machine(authority.as_str()));
+    let hosts = headers
+        .get_all(HOST)
+        .iter()
+        .all(|host| host.to_str().is_ok_and(names_this_machine));
+    target && hosts && !headers.contains_key(ORIGIN)
+}
+
+/// `localhost` or a loopback address, with or without a port.
+fn names_this_machine(authority: &str) -> bool {
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').map_or(rest, |(host, _)| host),
+        None => authority
+            .split_once(':')
+            .map_or(authority, |(host, _)| host),
+    };
+    host.eq_ignore_ascii_case("localhost")
+        || host
+            .parse::<IpAddr>()
+            .is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
 fn metrics(state: &dyn AdminState) -> Answer {

@@ -244,7 +244,14 @@ fn admit(uid: u32, owner: u32) -> Result<(), Response> {
     )))
 }
 
-async fn serve_one<H: LocalHandler>(stream: &mut UnixStream, handler: &H) -> io::Result<Response> {
+/// Reads the one request of a client that may ask, and carries it out.
+///
+/// # Errors
+/// The stream's.
+pub async fn serve_one<H: LocalHandler>(
+    stream: &mut (impl AsyncRead + Unpin),
+    handler: &H,
+) -> io::Result<Response> {
     let Ok(line) = tokio::time::timeout(REQUEST_TIMEOUT, read_line(stream)).await else {
         return Ok(error(format!(
             "no request line within {} s",

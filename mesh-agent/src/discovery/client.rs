@@ -27,6 +27,7 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint},
 };
 use tracing::{debug, info, warn};
+use zeroize::Zeroizing;
 
 use super::{
     Counts, MeshWriter,
@@ -380,14 +381,14 @@ impl DiscoveryClient {
         let Some(path) = &self.config.token_file else {
             return Ok(None);
         };
-        let bytes = read_file("token", path).await?;
+        let bytes = Zeroizing::new(read_file("token", path).await?);
         let unusable = || DiscoveryError::Token(path.clone());
         let token = str::from_utf8(&bytes).map_err(|_| unusable())?.trim();
         if token.is_empty() || token.len() > TOKEN_MAX_BYTES {
             return Err(unusable());
         }
-        let mut value: AsciiMetadataValue =
-            format!("Bearer {token}").parse().map_err(|_| unusable())?;
+        let header = Zeroizing::new(format!("Bearer {token}"));
+        let mut value: AsciiMetadataValue = header.parse().map_err(|_| unusable())?;
         value.set_sensitive(true);
         Ok(Some(value))
     }

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     AgentError, credentials,
     enrolment::{Key, Missing},
+    harden::Confined,
     kernel_metrics,
     records::Records,
     requests::AdminView,
@@ -66,7 +67,8 @@ impl Agent {
 ///
 /// # Errors
 /// Why it cannot start; what it made until then is removed, what an earlier agent left is kept.
-pub fn run(config: AgentConfig, logs: LogControl) -> Result<(), AgentError> {
+pub fn run(config: AgentConfig, logs: LogControl, confined: &Confined) -> Result<(), AgentError> {
+    confined.tell();
     let system = |what| move |source| AgentError::System { what, source };
     raise_descriptor_limit();
     tls::control_provider()

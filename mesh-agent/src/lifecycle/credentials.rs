@@ -4,6 +4,7 @@
 use std::{fs, path::Path};
 
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+use zeroize::Zeroizing;
 
 use super::{AgentError, standalone::Upstream};
 use crate::{discovery::client::TOKEN_MAX_BYTES, identity::roots::TrustRoots};
@@ -46,7 +47,7 @@ fn roots(path: &Path) -> Result<(), String> {
 }
 
 fn token(path: &Path) -> Result<(), String> {
-    let text = fs::read_to_string(path).map_err(|error| error.to_string())?;
+    let text = Zeroizing::new(fs::read_to_string(path).map_err(|error| error.to_string())?);
     let token = text.trim();
     if token.is_empty() {
         return Err("it is empty".to_owned());

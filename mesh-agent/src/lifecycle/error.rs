@@ -43,6 +43,11 @@ pub enum AgentError {
         /// Why.
         source: io::Error,
     },
+    /// The process was started with too few rights. Look at the container's or service's list of capabilities.
+    #[error(
+        "the process lacks {0}, without which programs cannot be loaded nor namespaces entered; add it to the capabilities it is started with"
+    )]
+    Capabilities(String),
     /// The cryptographic provider.
     #[error("cannot install the cryptographic provider: another one is installed already")]
     CryptoProvider,

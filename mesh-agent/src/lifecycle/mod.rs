@@ -5,6 +5,7 @@ mod credentials;
 mod enrolment;
 mod error;
 mod follow;
+mod harden;
 mod kernel_metrics;
 pub mod records;
 mod requests;
@@ -15,4 +16,5 @@ mod uninstall;
 
 pub use agent::run;
 pub use error::AgentError;
+pub use harden::{Confined, confine};
 pub use uninstall::uninstall;

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use mesh_api::local::{Request, Response, Status, WorkloadStatus};
 use serde_json::{Value, json};
 
-use super::{agent::Agent, records::DAMAGED_NAME};
+use super::{agent::Agent, harden, records::DAMAGED_NAME};
 use crate::{
     admin::{AdminState, LocalHandler},
     capture::Enrolled,
@@ -170,6 +170,7 @@ impl Agent {
             snapshot: snapshot.as_str().to_owned(),
             workloads,
             pending: self.pending(),
+            confinement: harden::observed(),
         }
     }
 

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use mesh_api::one_line::OneLine;
 use prometheus::IntCounter;
 use tracing_subscriber::{
     EnvFilter, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt,
@@ -95,13 +96,19 @@ pub fn init(filter: &str, format: Format) -> Result<LogControl, LogError> {
     let (filter, handle) = reload::Layer::new(parse(filter)?);
     // Colours are for a person in front of a terminal, not for a file or a log collector.
     let queue = LogQueue::start(io::stderr(), dropped_lines()).map_err(LogError::Thread)?;
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(queue.clone())
-        .with_ansi(io::stderr().is_terminal());
+    let lines = tracing_subscriber::fmt::layer().with_ansi(io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(filter);
     match format {
-        Format::Text => registry.with(lines).try_init()?,
-        Format::Json => registry.with(lines.json().flatten_event(true)).try_init()?,
+        Format::Text => {
+            let lines_of_queue = queue.clone();
+            registry
+                .with(lines.with_writer(move || OneLine(lines_of_queue.clone())))
+                .try_init()?;
+        }
+        // JSON escapes control characters by itself (RFC 8259 section 7).
+        Format::Json => registry
+            .with(lines.with_writer(queue.clone()).json().flatten_event(true))
+            .try_init()?,
     }
     Ok(LogControl { handle, queue })
 }
@@ -131,7 +138,53 @@ impl LogControl {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::Write,
+        sync::{Arc, Mutex},
+    };
+
     use super::*;
+
+    /// What one event with a hostile value looks like.
+    fn line_of(value: &str) -> String {
+        let written = Arc::new(Mutex::new(Vec::new()));
+        let sink = written.clone();
+        let lines = tracing_subscriber::fmt::layer()
+            .with_ansi(false)
+            .with_writer(move || OneLine(Sink(sink.clone())));
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(lines), || {
+            tracing::info!(name = %value, debug = ?value, "message of {value}");
+        });
+        let bytes = written.lock().expect("not poisoned").clone();
+        String::from_utf8(bytes).expect("UTF-8")
+    }
+
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("not poisoned").extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn no_value_begins_a_line_of_its_own_or_moves_the_cursor() {
+        let forged = "web\r\n2026-01-01T00:00:00Z  INFO access: forged\x1b[2J\x07";
+        let line = line_of(forged);
+        assert_eq!(line.matches('\n').count(), 1, "{line:?}");
+        assert!(line.ends_with('\n') && line.contains("forged"), "{line:?}");
+        let control = |c: char| c.is_ascii_control() && c != '\n';
+        assert!(!line.contains(control), "{line:?}");
+        assert!(
+            line_of("wéb").contains("name=wéb"),
+            "other text is left alone"
+        );
+    }
 
     #[test]
     fn the_filter_changes_and_a_malformed_one_changes_nothing() {

@@ -541,6 +541,7 @@ mod tests {
                 certificate: "missing".to_owned(),
             }],
             pending: pending.iter().map(ToString::to_string).collect(),
+            confinement: None,
         };
         Ok(Answer {
             response: Response::Status(Box::new(status)),

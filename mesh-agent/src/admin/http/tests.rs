@@ -88,7 +88,7 @@ async fn raw(to: SocketAddr, bytes: &[u8]) -> String {
 async fn ask(to: SocketAddr, method: &str, target: &str) -> (u16, String) {
     let answer = raw(
         to,
-        format!("{method} {target} HTTP/1.1\r\nHost: node\r\n\r\n").as_bytes(),
+        format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes(),
     )
     .await;
     let status = answer
@@ -208,10 +208,10 @@ async fn garbage_oversize_heads_and_bodies_are_refused_and_the_server_goes_on() 
         ("not HTTP", b"hello there\r\n\r\n", &["400", ""]),
         ("long header", long_header.as_bytes(), &["431", "400", ""]),
         ("many headers", many_headers.as_bytes(), &["431", "400", ""]),
-        ("body", b"POST /logging?level=debug HTTP/1.1\r\nHost: n\r\nContent-Length: 5\r\n\r\nhello", &["413"]),
+        ("body", b"POST /logging?level=debug HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhello", &["413"]),
         (
             "chunked",
-            b"POST /logging?level=debug HTTP/1.1\r\nHost: n\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            b"POST /logging?level=debug HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             &["413"],
         ),
     ];
@@ -252,7 +252,7 @@ async fn silent_and_dribbling_clients_are_closed_in_time() {
     let before = tokio::time::Instant::now();
     let asking = async {
         client
-            .write_all(b"GET /dump HTTP/1.1\r\nHost: node\r\n\r\n")
+            .write_all(b"GET /dump HTTP/1.1\r\nHost: localhost\r\n\r\n")
             .await
             .expect("memory");
         std::future::pending::<()>().await;
@@ -302,4 +302,35 @@ fn percent_encoding_is_decoded_or_refused() {
     for bad in ["%", "%1", "%+1", "%gg", "%ff"] {
         assert_eq!(percent_decode(bad), None, "{bad}");
     }
+}
+
+#[tokio::test]
+async fn admin_answers_to_names_of_this_machine_and_to_no_web_page() {
+    let lab = lab().await;
+    let status = async |to: SocketAddr, head: &str| {
+        let answer = raw(to, format!("{head}\r\n\r\n").as_bytes()).await;
+        answer.get(9..12).map(str::to_owned).unwrap_or_default()
+    };
+    for head in [
+        "GET /dump HTTP/1.1\r\nHost: 127.0.0.1:15000",
+        "GET /dump HTTP/1.1\r\nHost: [::1]:15000",
+        "GET /dump HTTP/1.1\r\nHost: LocalHost",
+        "GET /dump HTTP/1.0",
+    ] {
+        assert_eq!(status(lab.at.admin, head).await, "200", "{head}");
+    }
+    for head in [
+        "GET /dump HTTP/1.1\r\nHost: rebound.example:15000",
+        "GET /dump HTTP/1.1\r\nHost: localhost.example",
+        "GET /dump HTTP/1.1\r\nHost: 127.0.0.1.example",
+        "GET /dump HTTP/1.1\r\nHost: 10.0.0.1",
+        "GET /dump HTTP/1.1\r\nHost: localhost\r\nHost: rebound.example",
+        "GET http://rebound.example/dump HTTP/1.1\r\nHost: localhost",
+        "POST /logging?level=trace HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: https://page.example",
+        "POST /logging?level=trace HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: null",
+    ] {
+        assert_eq!(status(lab.at.admin, head).await, "403", "{head}");
+    }
+    let scrape = "GET /metrics HTTP/1.1\r\nHost: node-a.example:15020";
+    assert_eq!(status(lab.at.metrics, scrape).await, "200");
 }

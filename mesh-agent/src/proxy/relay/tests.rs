@@ -32,7 +32,7 @@ enum Via {
 struct Counted {
     up: Cell<usize>,
     down: Cell<usize>,
-    /// The other side's address, asked for when all was over.
+    /// Address of the socket to the other side, asked for when all was over.
     far: Cell<Option<SocketAddr>>,
 }
 
@@ -46,7 +46,7 @@ impl Meter for Counted {
     }
 
     fn ended(&self, far: Option<&TcpStream>) {
-        self.far.set(far.and_then(|far| far.peer_addr().ok()));
+        self.far.set(far.and_then(|far| far.local_addr().ok()));
     }
 }
 
@@ -635,7 +635,7 @@ async fn bytes_are_counted_on_both_ways() {
         .run_until(async {
             let (mut client, client_near) = pair().await;
             let (server_near, mut server) = pair().await;
-            let far = server_near.peer_addr().expect("connected");
+            let far = server_near.local_addr().expect("connected");
             let relay = spawn_local(async move {
                 let (counted, signal) = (Counted::default(), CloseSignal::default());
                 let end =

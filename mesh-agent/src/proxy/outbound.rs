@@ -33,6 +33,7 @@ use super::{
 use crate::{
     capture::{DialOptions, LocalWorkload, TUNNEL_PORT, Verdict, dial},
     discovery::model::{Endpoint, Refusal, Route, SameNode, Service, Tunnel, Workload},
+    identity::{CertificateError, Certified},
     policy::{self, Decision},
     sys::socket::tcp_statistics,
     telemetry::{CloseReason, ConnectionInfo, Direction, OpenConnection, Party, Security},
@@ -302,7 +303,7 @@ impl<'a> Attempt<'a> {
             Route::Workload(endpoint) => {
                 self.single = true;
                 self.lesson = Lesson::SameNode;
-                self.reach_endpoint(&source, endpoint, self.deadline).await
+                self.reach_endpoint(&source, endpoint, 1).await
             }
             Route::Service { service, endpoints } => {
                 self.single = endpoints.len() == 1;
@@ -325,8 +326,7 @@ impl<'a> Attempt<'a> {
             };
             let in_flight = InFlight::start(self.worker, endpoint.address);
             let began = Instant::now();
-            let deadline = share_of(time::Instant::now(), self.deadline, left);
-            let reached = self.reach_endpoint(source, endpoint.clone(), deadline);
+            let reached = self.reach_endpoint(source, endpoint.clone(), left);
             match reached.await {
                 Ok(upstream) => {
                     in_flight.connected(began.elapsed());
@@ -355,19 +355,36 @@ impl<'a> Attempt<'a> {
         endpoints.get(index)
     }
 
+    /// With `left` endpoints to try, this one included.
     async fn reach_endpoint(
         &mut self,
         source: &Workload,
         endpoint: Endpoint,
-        deadline: time::Instant,
+        left: usize,
     ) -> Result<Upstream, OutboundError> {
         self.endpoint = Some(endpoint.clone());
+        let deadline = || share_of(time::Instant::now(), self.deadline, left);
         match endpoint.workload.tunnel {
-            Tunnel::None => self.plain(endpoint.address, deadline).await,
-            Tunnel::Hbone => timeout_at(deadline, self.through_tunnel(source, &endpoint))
-                .await
-                .unwrap_or(Err(OutboundError::TimedOut(endpoint.address))),
+            Tunnel::None => self.plain(endpoint.address, deadline()).await,
+            Tunnel::Hbone => {
+                let certified = self.certified(source).await?;
+                let opened = self.through_tunnel(source, &endpoint, certified);
+                timeout_at(deadline(), opened)
+                    .await
+                    .unwrap_or(Err(OutboundError::TimedOut(endpoint.address)))
+            }
         }
+    }
+
+    /// The source's certificate. Its want is no endpoint's fault, and no other endpoint would help.
+    async fn certified(&self, source: &Workload) -> Result<Arc<Certified>, TunnelError> {
+        let certificates = &self.worker.context.certificates;
+        if let Some(certified) = certificates.current(&source.identity) {
+            return Ok(certified);
+        }
+        let late = || Err(CertificateError::TimedOut(source.identity.clone()));
+        let certified = timeout_at(self.deadline, certificates.get(&source.identity)).await;
+        Ok(certified.unwrap_or_else(|_| late())?)
     }
 
     async fn plain(
@@ -387,15 +404,8 @@ impl<'a> Attempt<'a> {
         &self,
         source: &Workload,
         endpoint: &Endpoint,
+        certified: Arc<Certified>,
     ) -> Result<Upstream, OutboundError> {
-        let certificates = &self.worker.context.certificates;
-        let certified = match certificates.current(&source.identity) {
-            Some(certified) => certified,
-            None => certificates
-                .get(&source.identity)
-                .await
-                .map_err(TunnelError::NoCertificate)?,
-        };
         let key = PoolKey {
             source: source.identity.clone(),
             expected: endpoint.identities.clone(),

@@ -149,10 +149,13 @@ mod tests {
 
     use super::*;
 
+    /// More calls than a test makes.
+    const CALLS: usize = 8;
+
     /// Takes what it is given only when it is let go on.
     struct Gate {
         go_on: mpsc::Receiver<()>,
-        written: mpsc::Sender<Vec<u8>>,
+        written: mpsc::SyncSender<Vec<u8>>,
     }
 
     impl Write for Gate {
@@ -174,8 +177,8 @@ mod tests {
 
     #[test]
     fn a_destination_that_takes_nothing_blocks_nobody_and_lost_lines_are_counted() {
-        let (go_on, gate) = mpsc::channel();
-        let (written, arrived) = mpsc::channel();
+        let (go_on, gate) = mpsc::sync_channel(CALLS);
+        let (written, arrived) = mpsc::sync_channel(CALLS);
         let dropped = counter();
         let gate = Gate {
             go_on: gate,
@@ -206,8 +209,8 @@ mod tests {
 
     #[test]
     fn what_was_logged_is_written_when_the_flush_returns() {
-        let (go_on, gate) = mpsc::channel();
-        let (written, arrived) = mpsc::channel();
+        let (go_on, gate) = mpsc::sync_channel(CALLS);
+        let (written, arrived) = mpsc::sync_channel(CALLS);
         // Open: every `recv` fails at once.
         drop(go_on);
         let gate = Gate {

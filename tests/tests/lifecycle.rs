@@ -15,6 +15,7 @@ use mesh_tests::{
     lab::{Families, Lab, LabSpec, Node, Pod, PodSpec},
     manifests,
     mesh::{Mesh, MeshSpec},
+    process::Program,
     wait,
 };
 use nix::sys::signal::Signal;
@@ -508,4 +509,36 @@ fn damaged_records(lab: &Lab, mesh: &mut Mesh) -> Result<()> {
     mesh.wait_ready(lab, node)?;
     mesh.wait_enrolled(lab, node, web)?;
     require_service(lab, web, cart.at(PORT))
+}
+
+/// What captures a workload in its own namespace is as needed as what the agent has pinned: without the rule, nothing
+/// that the workload dials finds the agent.
+#[test]
+fn capture_that_a_pod_takes_apart_is_put_back() -> Result<()> {
+    let lab = Lab::build(
+        LabSpec::new(Families::V4)
+            .node("n1", [PodSpec::new("web")])
+            .node("n2", [PodSpec::new("cart")]),
+    )?;
+    let mesh = Mesh::start(&lab, MeshSpec::default())?;
+    let (n1, web, cart) = (lab.node("n1")?, lab.pod("web")?, lab.pod("cart")?);
+    let server = Server::start(&lab, cart, PORT)?;
+    require_service(&lab, web, server.address)?;
+    let repairs =
+        || Ok::<_, anyhow::Error>(mesh.metrics(n1)?.sum("weft_capture_repairs_total", &[]));
+    for (number, sabotage) in [
+        "ip rule del fwmark 0x8000000/0x8000000",
+        "ip route flush table 15001",
+    ]
+    .iter()
+    .enumerate()
+    {
+        lab.run(web, &Program::line(sabotage), LIMIT)?.ok()?;
+        wait::until("the repair", LIMIT, || {
+            Ok((repairs()? == (number + 1) as f64).then_some(()))
+        })
+        .with_context(|| mesh.log_of(n1))?;
+        require_service(&lab, web, server.address)?;
+    }
+    Ok(())
 }

@@ -338,6 +338,11 @@ impl Kernel {
         Ok(true)
     }
 
+    /// Whether the inbound program is where it should be, as far as its pin tells.
+    pub(super) fn has_lookup(&self, cookie: NetnsCookie) -> bool {
+        self.is_pinned(&lookup_pin(cookie))
+    }
+
     fn is_pinned(&self, pin: &str) -> bool {
         self.link_path(pin).exists()
     }

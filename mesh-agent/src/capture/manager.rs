@@ -210,25 +210,30 @@ impl Capture {
         enrolled: &Enrolled,
         settings: CaptureSettings,
     ) -> Result<bool, CaptureError> {
-        let value = kernel_workload(enrolled, settings);
-        if self.kernel.workload(enrolled.local.cookie()) == Some(value) {
+        self.apply(enrolled, kernel_workload(enrolled, settings))
+    }
+
+    fn apply(&self, enrolled: &Enrolled, value: mesh_ebpf::Workload) -> Result<bool, CaptureError> {
+        let addresses = &enrolled.local.addresses;
+        if self.kernel.workload(enrolled.local.cookie()) == Some(value)
+            && self.kernel.has_addresses(value, addresses)
+        {
             return Ok(false);
         }
-        self.kernel
-            .set_addresses(value, &enrolled.local.addresses)?;
+        self.kernel.set_addresses(value, addresses)?;
         self.kernel.set_workload(value)?;
         Ok(true)
     }
 
     /// Looks whether everything in the kernel that captures a workload is there, and puts back what is not. Returns
-    /// whether something was missing.
+    /// whether something was missing. Without settings, those that the kernel has stay.
     ///
     /// # Errors
     /// When it cannot be put back.
-    pub fn repair(
+    pub async fn repair(
         &self,
         enrolled: &Enrolled,
-        settings: CaptureSettings,
+        settings: Option<CaptureSettings>,
     ) -> Result<bool, CaptureError> {
         let mut repaired = self.kernel.reattach_node()?;
         repaired |= self.kernel.reattach_lookup(&enrolled.local.netns)?;
@@ -236,7 +241,22 @@ impl Capture {
             let cookie = enrolled.local.cookie();
             repaired |= self.kernel.reattach_flow(cookie, Path::new(cgroup))?;
         }
-        repaired |= self.apply_settings(enrolled, settings)?;
+        repaired |= match (settings, self.kernel.workload(enrolled.local.cookie())) {
+            (Some(settings), _) => self.apply_settings(enrolled, settings)?,
+            (None, Some(value)) => self.apply(enrolled, value)?,
+            (None, None) => self.apply_settings(enrolled, CaptureSettings::default())?,
+        };
+        // A namespace that lost its name is a deleted pod's: it has no interface for the routes any more.
+        let local = &enrolled.local;
+        if local.netns.is_at_its_path() {
+            repaired |= steering::mend(&local.netns, &local.addresses).await?;
+        }
+        if !self.kernel.has_listeners(local.cookie()) {
+            return Err(CaptureError::NoListener(format!(
+                "workload {}/{}",
+                local.namespace, local.name
+            )));
+        }
         Ok(repaired)
     }
 
@@ -251,10 +271,15 @@ impl Capture {
         Ok(())
     }
 
-    /// Whether the kernel programs know the workload.
+    /// Whether the kernel programs know the workload, its addresses and its listeners.
     #[must_use]
     pub fn is_captured(&self, enrolled: &Enrolled) -> bool {
-        self.kernel.workload(enrolled.local.cookie()).is_some()
+        let cookie = enrolled.local.cookie();
+        self.kernel.workload(cookie).is_some_and(|workload| {
+            self.kernel
+                .has_addresses(workload, &enrolled.local.addresses)
+        }) && self.kernel.has_listeners(cookie)
+            && self.kernel.has_lookup(cookie)
     }
 
     /// Forgets namespaces that an earlier agent captured and nobody enrols any more. Those in `kept` stay as they are:

@@ -91,6 +91,40 @@ pub fn addresses(netns: &Netns) -> Result<Vec<IpAddr>, CaptureError> {
 /// of the sysctls, to be given to [`remove`].
 pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<FormerSysctls, CaptureError> {
     let handle = connect(netns)?;
+    add_rules(&handle, netns, addresses).await?;
+    for route in routes(addresses) {
+        handle
+            .route()
+            .add(route)
+            .replace()
+            .execute()
+            .await
+            .map_err(|error| failure(netns, "add the capture route")(error.to_string()))?;
+    }
+    set_sysctls(netns)
+}
+
+/// Puts back what of [`install`] is missing. Returns whether anything was.
+pub async fn mend(netns: &Netns, addresses: &[IpAddr]) -> Result<bool, CaptureError> {
+    let handle = connect(netns)?;
+    let mut was_missing = add_rules(&handle, netns, addresses).await?;
+    for route in routes(addresses) {
+        let added = handle.route().add(route).execute().await;
+        was_missing |=
+            done(added, libc::EEXIST).map_err(failure(netns, "put back the capture route"))?;
+    }
+    let found = set_sysctls(netns)?;
+    was_missing |= found.0.values().any(|value| value != "1");
+    Ok(was_missing)
+}
+
+/// Returns whether any rule was not there before.
+async fn add_rules(
+    handle: &Handle,
+    netns: &Netns,
+    addresses: &[IpAddr],
+) -> Result<bool, CaptureError> {
+    let mut was_missing = false;
     for family in families(addresses) {
         let added = handle.rule().add();
         let mut rule = added
@@ -106,17 +140,14 @@ pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<FormerSysctl
             AddressFamily::Inet => rule.v4().execute().await,
             _ => rule.v6().execute().await,
         };
-        ignore(result, libc::EEXIST).map_err(failure(netns, "add the capture rule"))?;
+        was_missing |=
+            done(result, libc::EEXIST).map_err(failure(netns, "add the capture rule"))?;
     }
-    for route in routes(addresses) {
-        handle
-            .route()
-            .add(route)
-            .replace()
-            .execute()
-            .await
-            .map_err(|error| failure(netns, "add the capture route")(error.to_string()))?;
-    }
+    Ok(was_missing)
+}
+
+/// Returns the former values.
+fn set_sysctls(netns: &Netns) -> Result<FormerSysctls, CaptureError> {
     let mut former = FormerSysctls(BTreeMap::new());
     for path in SYSCTLS {
         let read = in_namespace(netns, || fs::read_to_string(path))?;
@@ -146,7 +177,7 @@ pub async fn remove(
     for family in families(addresses) {
         let result = handle.rule().del(rule_message(family)).execute().await;
         if let Err(error) =
-            ignore(result, libc::ENOENT).map_err(failure(netns, "remove the capture rule"))
+            done(result, libc::ENOENT).map_err(failure(netns, "remove the capture rule"))
         {
             first_error.get_or_insert(error);
         }
@@ -154,7 +185,7 @@ pub async fn remove(
     for route in routes(addresses) {
         let result = handle.route().del(route).execute().await;
         if let Err(error) =
-            ignore(result, libc::ESRCH).map_err(failure(netns, "remove the capture route"))
+            done(result, libc::ESRCH).map_err(failure(netns, "remove the capture route"))
         {
             first_error.get_or_insert(error);
         }
@@ -260,10 +291,13 @@ fn connect(netns: &Netns) -> Result<Handle, CaptureError> {
     Ok(handle)
 }
 
-fn ignore(result: Result<(), rtnetlink::Error>, errno: i32) -> Result<(), String> {
+/// Whether something was done; `errno` says that there was nothing to do.
+fn done(result: Result<(), rtnetlink::Error>, errno: i32) -> Result<bool, String> {
     match result {
-        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code().abs() == errno => Ok(()),
-        other => other.map_err(|error| error.to_string()),
+        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code().abs() == errno => {
+            Ok(false)
+        }
+        other => other.map(|()| true).map_err(|error| error.to_string()),
     }
 }
 

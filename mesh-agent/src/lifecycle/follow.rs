@@ -6,7 +6,7 @@ use mesh_api::identity::Identity;
 use tokio::time::timeout;
 
 use super::agent::Agent;
-use crate::discovery::model::CaptureSettings;
+use crate::{capture::Enrolled, discovery::model::CaptureSettings};
 
 /// How often the kernel is asked whether capture is whole. A lost piece means uncaptured connections, so well within
 /// the ten seconds that are promised; asking costs a few system calls per workload.
@@ -23,22 +23,33 @@ impl Agent {
         loop {
             ticks.tick().await;
             for one in self.capture.enrolled() {
-                let workload = format!("{}/{}", one.local.namespace, one.local.name);
-                let known = one.local.workload.load_full();
-                let Some(settings) = known.map(|workload| workload.capture) else {
-                    continue;
-                };
-                match self.capture.repair(&one, settings) {
-                    Ok(false) => {}
-                    Ok(true) => {
-                        self.telemetry.capture.repairs.inc();
-                        tracing::error!(%workload, "capture had been taken apart; put back");
-                    }
-                    Err(error) => {
-                        self.telemetry.capture.set_state(&workload, false);
-                        tracing::error!(%workload, %error, "capture is not whole and cannot be put back");
-                    }
-                }
+                self.keep_one_captured(&one).await;
+            }
+        }
+    }
+
+    async fn keep_one_captured(&self, one: &Enrolled) {
+        let _one_at_a_time = self.enrolling.lock().await;
+        let (namespace, name) = (&one.local.namespace, &one.local.name);
+        let still = self.capture.find(namespace, name);
+        if still.is_none_or(|still| still.local.cookie() != one.local.cookie()) {
+            return;
+        }
+        let workload = format!("{namespace}/{name}");
+        let known = one.local.workload.load_full();
+        let settings = known.map(|workload| workload.capture);
+        let repaired = self.capture.repair(one, settings).await;
+        self.telemetry
+            .capture
+            .set_state(&workload, repaired.is_ok());
+        match repaired {
+            Ok(false) => {}
+            Ok(true) => {
+                self.telemetry.capture.repairs.inc();
+                tracing::error!(%workload, "capture had been taken apart; put back");
+            }
+            Err(error) => {
+                tracing::error!(%workload, %error, "capture is not whole and cannot be put back");
             }
         }
     }
@@ -87,7 +98,8 @@ impl Agent {
             let Some(settings) = settings else { continue };
             let workload = format!("{}/{}", one.local.namespace, one.local.name);
             let applied = self.capture.apply_settings(one, settings);
-            self.telemetry.capture.set_state(&workload, applied.is_ok());
+            let is_whole = applied.is_ok() && self.capture.is_captured(one);
+            self.telemetry.capture.set_state(&workload, is_whole);
             if let Err(error) = applied {
                 tracing::error!(%workload, %error, "cannot apply capture settings");
             }

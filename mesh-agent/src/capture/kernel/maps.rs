@@ -19,6 +19,13 @@ use crate::{
     sys::netns::NetnsCookie,
 };
 
+/// Of listeners.
+const CLASSES: [u32; 3] = [
+    mesh_ebpf::CLASS_OUTBOUND,
+    mesh_ebpf::CLASS_PLAINTEXT,
+    mesh_ebpf::CLASS_TUNNEL,
+];
+
 impl Kernel {
     /// Puts the listeners where the programs find them.
     pub(in crate::capture) fn set_listeners(
@@ -93,11 +100,7 @@ impl Kernel {
         for key in addresses {
             report("ADDRESSES", maps.addresses.remove(&key));
         }
-        for class in [
-            mesh_ebpf::CLASS_OUTBOUND,
-            mesh_ebpf::CLASS_PLAINTEXT,
-            mesh_ebpf::CLASS_TUNNEL,
-        ] {
+        for class in CLASSES {
             report(
                 "LISTENERS",
                 maps.listeners.remove(&ListenerKey {
@@ -140,6 +143,24 @@ impl Kernel {
     /// Whether the programs know the workload as it should be, for the status.
     pub(in crate::capture) fn workload(&self, cookie: NetnsCookie) -> Option<Workload> {
         self.lock().workloads.get(&cookie.0, 0).ok()
+    }
+
+    /// Whether all these addresses are the workload's, with its settings.
+    pub(in crate::capture) fn has_addresses(
+        &self,
+        workload: Workload,
+        addresses: &[IpAddr],
+    ) -> bool {
+        let maps = self.lock();
+        let mut addresses = addresses.iter();
+        addresses.all(|ip| maps.addresses.get(&address(*ip), 0).ok() == Some(workload))
+    }
+
+    /// Whether the programs find all three listeners. Only the keys can be read: the values are sockets.
+    pub(in crate::capture) fn has_listeners(&self, cookie: NetnsCookie) -> bool {
+        let maps = self.lock();
+        let keys = maps.listeners.keys().flatten();
+        keys.filter(|key| key.cookie == cookie.0).count() == CLASSES.len()
     }
 
     /// Voids all verdicts of other generations.

@@ -39,6 +39,8 @@ impl Meter for Counted {
     fn far_to_near(&self, bytes: usize) {
         self.down.set(self.down.get() + bytes);
     }
+
+    fn ended(&self, _: Option<&TcpStream>) {}
 }
 
 /// What an application does, one byte a step.

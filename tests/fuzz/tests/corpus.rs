@@ -66,7 +66,8 @@ fn every_target_has_a_folder_and_every_folder_a_target() {
                 .into_owned()
         })
         .collect();
-    (names.sort(), folders.sort());
+    names.sort();
+    folders.sort();
     assert_eq!(names, folders);
 }
 

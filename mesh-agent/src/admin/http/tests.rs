@@ -180,7 +180,7 @@ async fn other_methods_and_paths_are_refused() {
         (lab.at.admin, "POST", "/dump", 405),
         (lab.at.admin, "GET", "/logging?level=debug", 405),
         (lab.at.admin, "PUT", "/logging?level=debug", 405),
-        (lab.at.admin, "CONNECT", "example.test:80", 404),
+        (lab.at.admin, "CONNECT", "example.test:80", 403),
     ];
     for (to, method, target, expected) in table {
         assert_eq!(

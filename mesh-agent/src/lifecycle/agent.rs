@@ -132,6 +132,7 @@ async fn start_and_run(
     tokio::spawn(async {
         tokio::time::sleep(START_UP).await;
         sys::keep_memory_at_hand();
+        sys::forget_startup_code();
     });
     tokio::spawn(admin.serve(Arc::new(AdminView {
         agent: agent.clone(),

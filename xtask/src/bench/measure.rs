@@ -27,6 +27,9 @@ const IDLE_CONNECTIONS: u64 = 1000;
 /// Peace before an idle process is weighed.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// How long proxies are left alone before they count as idle: some let go of what starting needed after a few seconds.
+const IDLE_AFTER: Duration = Duration::from_secs(5);
+
 /// How long the idle connections may take to be opened.
 const OPEN_LIMIT: Duration = Duration::from_secs(60);
 
@@ -277,7 +280,7 @@ fn idle_memory(_: &Scene, mesh: &mut Mesh, _: &Settings) -> Result<Vec<Value>> {
     if proxies.is_empty() {
         return Ok(Vec::new());
     }
-    wait::pace_until(Instant::now() + SETTLE);
+    wait::pace_until(Instant::now() + IDLE_AFTER);
     let largest = scene::resident_bytes(&proxies)?
         .into_iter()
         .max()

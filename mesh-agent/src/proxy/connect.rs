@@ -4,13 +4,12 @@ use std::{os::fd::AsFd, rc::Rc, sync::Arc, time::Instant};
 
 use rustls::pki_types::ServerName;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 
 use super::{
     ProxyContext,
     limits::Limits,
     pool::{Connector, PoolEvent, PoolKey, Pooled},
-    tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::ReadAhead},
+    tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::connect_tls},
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
@@ -71,18 +70,12 @@ impl Dialer {
         // Its statistics are wanted for as long as streams use it; without it there are none.
         let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
         let began = Instant::now();
-        let connector = TlsConnector::from(source.certified.client(key.expected.clone()));
-        let shaken = timeout(
-            self.limits.time.handshake,
-            connector.connect(self.name.clone(), ReadAhead::new(socket)),
-        );
-        let stream = shaken
-            .await
-            .map_err(|_| TunnelError::TimedOut("finish the TLS handshake"))?
-            .map_err(|error| TunnelError::Tls(Arc::new(error)))?;
+        let deadline = tokio::time::Instant::now() + self.limits.time.handshake;
+        let config = source.certified.client(key.expected.clone());
+        let secured = connect_tls(self.codec, config, self.name.clone(), socket, deadline).await?;
         self.telemetry
             .observe_handshake(Direction::Outbound, began.elapsed());
-        let client = TunnelClient::handshake(self.codec, stream, &self.limits, measured).await?;
+        let client = TunnelClient::handshake(secured, &self.limits, measured).await?;
         Ok(Tunnel {
             client,
             _open: Rc::new(self.telemetry.tunnels.open(Direction::Outbound)),

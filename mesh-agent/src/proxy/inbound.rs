@@ -17,7 +17,6 @@ use tokio::{
     net::TcpStream,
     time::{timeout, timeout_at},
 };
-use tokio_rustls::server::TlsStream;
 
 use super::{
     OWN_PORTS, never_a_destination,
@@ -26,7 +25,7 @@ use super::{
     tunnel::{
         Incoming, TunnelServer, TunnelStream,
         headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
-        transport::{ReadAhead, accept_tls},
+        transport::accept_tls,
     },
     unmapped,
     worker::{Admission, Served, Worker},
@@ -149,14 +148,12 @@ pub(super) async fn serve_tunnel(
     .await;
 }
 
-type TunnelSocket = TlsStream<ReadAhead<TcpStream>>;
-
 /// TLS and the HTTP/2 preface, each with its deadline: a silent or dribbling client must not stay.
 async fn shake_hands(
     worker: &Worker,
     local: &LocalWorkload,
     socket: TcpStream,
-) -> Option<(Identity, TunnelServer<TunnelSocket>)> {
+) -> Option<(Identity, TunnelServer<TcpStream>)> {
     let context = &worker.context;
     let deadline = tokio::time::Instant::now() + context.limits.time.handshake;
     let Some(workload) = local.workload.load_full() else {
@@ -178,15 +175,15 @@ async fn shake_hands(
         }
     };
     let began = Instant::now();
-    let shaken = accept_tls(certified.server.clone(), socket, deadline).await;
-    let stream = shaken
+    let shaken = accept_tls(context.codec, certified.server.clone(), socket, deadline).await;
+    let secured = shaken
         .inspect_err(|error| tracing::debug!(%error, "no TLS with a client"))
         .ok()?;
     context
         .telemetry
         .observe_handshake(Direction::Inbound, began.elapsed());
-    let identity = peer_identity(stream.get_ref().1.peer_certificates())?;
-    let server = TunnelServer::handshake(context.codec, stream, &context.limits).await;
+    let identity = peer_identity(secured.peer_certificates())?;
+    let server = TunnelServer::handshake(secured, &context.limits).await;
     let server = server
         .inspect_err(|error| tracing::debug!(%error, peer = %identity, "no HTTP/2 on a tunnel"))
         .ok()?;
@@ -198,7 +195,7 @@ async fn serve_streams(
     served: &Arc<Served>,
     registered: &Registered,
     ends: TunnelEnds,
-    mut server: TunnelServer<TunnelSocket>,
+    mut server: TunnelServer<TcpStream>,
 ) {
     let ends = Rc::new(ends);
     let mut stopped = pin!(served.stop.cancelled());
@@ -252,8 +249,9 @@ async fn serve_connect(
         open,
     } = connected;
     let idle = worker.context.limits.time.half_close_idle;
-    let end = relay_tunnel(app, stream, &InboundMeter(&open), registered.signal(), idle).await;
-    open.finish(close_reason(end));
+    let meter = Rc::new(InboundMeter(open));
+    let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
+    meter.0.finish(close_reason(end));
 }
 
 /// A CONNECT stream that was answered with 200.
@@ -383,8 +381,9 @@ pub(super) async fn serve_plaintext(
         .observe_connect(Direction::Inbound, Security::None, began.elapsed());
     let open = worker.context.telemetry.open(info);
     let idle = worker.context.limits.time.half_close_idle;
-    let end = relay_tcp(app, client, &InboundMeter(&open), registered.signal(), idle).await;
-    open.finish(close_reason(end));
+    let meter = InboundMeter(open);
+    let end = relay_tcp(app, client, &meter, registered.signal(), idle).await;
+    meter.0.finish(close_reason(end));
 }
 
 /// The application is near, the client far.
@@ -398,9 +397,9 @@ fn close_reason(end: End) -> CloseReason {
     }
 }
 
-struct InboundMeter<'a>(&'a OpenConnection);
+struct InboundMeter(OpenConnection);
 
-impl Meter for InboundMeter<'_> {
+impl Meter for InboundMeter {
     fn near_to_far(&self, bytes: usize) {
         self.0.add_received(bytes as u64);
     }

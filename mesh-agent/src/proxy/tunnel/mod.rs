@@ -33,9 +33,9 @@ use transport::{SecuredClient, SecuredServer};
 #[serde(rename_all = "camelCase")]
 pub enum TunnelCodec {
     /// Our own.
-    #[default]
     Native,
     /// The `h2` crate.
+    #[default]
     H2,
 }
 

@@ -67,6 +67,12 @@ enum Command {
 struct RunArgs {
     #[command(flatten)]
     paths: PathArgs,
+    /// Take over from the agent that runs with the same run directory, if one does, without a lost connection.
+    #[arg(long)]
+    take_over: bool,
+    /// Seconds that the open connections of the agent before get to end by themselves.
+    #[arg(long, value_name = "SECONDS")]
+    upgrade_drain: Option<u64>,
     /// `https://HOST:PORT` of the control plane.
     #[arg(long, env = "WEFT_CONTROL_PLANE")]
     control_plane: Option<String>,
@@ -146,12 +152,14 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Run(args) => {
-            let config = run_config(*args)?;
-            config.validate()?;
-            let logs = logging::init(&cli.log, cli.log_format.into())?;
-            require_root()?;
-            sys::netns::remember_home().context("open the agent's own network namespace")?;
-            Ok(lifecycle::run(config, logs)?)
+            let (take_over, run_dir) = (args.take_over, args.paths.run_dir.clone());
+            let prepared = prepare(*args, &cli.log, cli.log_format);
+            if let (Err(error), true) = (&prepared, take_over) {
+                let run_dir = run_dir.unwrap_or_else(|| AgentConfig::default().node.run_dir);
+                lifecycle::report_failed_start(&run_dir, &format!("{error:#}"));
+            }
+            let (config, logs) = prepared?;
+            Ok(lifecycle::run(config, logs, take_over)?)
         }
         Command::Uninstall(paths) => {
             let config = path_config(paths)?;
@@ -162,6 +170,20 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             Ok(lifecycle::uninstall(&config)?)
         }
     }
+}
+
+/// Everything that can be wrong before anything is touched.
+fn prepare(
+    args: RunArgs,
+    log: &str,
+    format: LogFormat,
+) -> anyhow::Result<(AgentConfig, logging::LogControl)> {
+    let config = run_config(args)?;
+    config.validate()?;
+    let logs = logging::init(log, format.into())?;
+    require_root()?;
+    sys::netns::remember_home().context("open the agent's own network namespace")?;
+    Ok((config, logs))
 }
 
 fn path_config(paths: PathArgs) -> anyhow::Result<AgentConfig> {
@@ -187,6 +209,7 @@ fn run_config(args: RunArgs) -> anyhow::Result<AgentConfig> {
     override_with(&mut config.node.cluster, args.cluster);
     override_with(&mut config.node.trust_domain, args.trust_domain);
     override_with(&mut config.proxy.workers, args.workers);
+    override_with(&mut config.proxy.upgrade_drain_seconds, args.upgrade_drain);
     override_with(&mut config.listen.metrics, args.metrics_addr);
     override_with(&mut config.listen.readiness, args.readiness_addr);
     override_with(&mut config.listen.admin, args.admin_addr);

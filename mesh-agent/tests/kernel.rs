@@ -35,6 +35,7 @@ impl Scratch {
             cgroup_root: root,
             bpffs_root: bpffs,
             node: format!("test-{name}"),
+            abi: mesh_ebpf::ABI_VERSION,
         })
     }
 }

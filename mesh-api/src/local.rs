@@ -34,6 +34,15 @@ pub enum Request {
     Dump,
     /// Live edges with their rates.
     Top,
+    /// Start another agent that takes over from this one without a lost connection.
+    Upgrade {
+        /// Absolute path of its program; the running agent's own when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        binary: Option<String>,
+        /// Seconds that open connections get to end by themselves; the new agent's configuration says when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        drain_deadline_seconds: Option<u64>,
+    },
 }
 
 /// Which process group to capture, and as whom.
@@ -98,6 +107,23 @@ pub struct Status {
     pub workloads: Vec<WorkloadStatus>,
     /// What readiness still waits for; empty when ready.
     pub pending: Vec<String>,
+    /// Earlier agents that still serve connections from before their upgrade.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub draining: Vec<DrainingAgent>,
+}
+
+/// An agent that was replaced and still serves the connections that it had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DrainingAgent {
+    /// Its process id.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// Connections and tunnels that it still has.
+    pub connections: u64,
+    /// When it closes those that are left, seconds since 1970.
+    pub ends_at: i64,
 }
 
 /// One enrolled workload.

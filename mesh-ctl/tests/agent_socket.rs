@@ -87,6 +87,7 @@ fn node() -> Status {
         discovery: "connected".to_owned(),
         workloads: Vec::new(),
         pending: Vec::new(),
+        draining: Vec::new(),
     }
 }
 

@@ -1,12 +1,12 @@
 //! Following the mesh: every change reaches the kernel, the local workloads and the certificates.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_api::identity::Identity;
 use tokio::time::timeout;
 
 use super::agent::Agent;
-use crate::discovery::model::CaptureSettings;
+use crate::{capture::Enrolled, discovery::model::CaptureSettings};
 
 /// How often the kernel is asked whether capture is whole. A lost piece means uncaptured connections, so well within
 /// the ten seconds that are promised; asking costs a few system calls per workload.
@@ -22,6 +22,9 @@ impl Agent {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
+            if !self.is_active() {
+                continue;
+            }
             for one in self.capture.enrolled() {
                 let workload = format!("{}/{}", one.local.namespace, one.local.name);
                 let known = one.local.workload.load_full();
@@ -60,7 +63,8 @@ impl Agent {
         }
     }
 
-    /// Brings everything in line with the mesh. The kernel's verdicts of older generations are void from here on.
+    /// Brings everything in line with the mesh. The kernel's verdicts of older generations are void from here on. While
+    /// another agent captures, the kernel is left alone.
     pub(super) fn mesh_changed(&self) {
         let generation = *self.mesh.generation().borrow();
         let enrolled = self.capture.enrolled();
@@ -76,7 +80,20 @@ impl Agent {
             }
             state.dead_destinations()
         };
-        for one in &enrolled {
+        if self.is_active() {
+            self.bring_kernel_in_line(&enrolled, generation, &dead);
+        }
+        self.telemetry
+            .agent
+            .workloads
+            .set(i64::try_from(enrolled.len()).unwrap_or(i64::MAX));
+        let identities: Vec<Identity> = identities.into_iter().collect();
+        self.certificates.retain(&identities);
+        self.end_forbidden_flows();
+    }
+
+    fn bring_kernel_in_line(&self, enrolled: &[Enrolled], generation: u64, dead: &[SocketAddr]) {
+        for one in enrolled {
             let settings = one
                 .local
                 .workload
@@ -92,16 +109,9 @@ impl Agent {
                 tracing::error!(%workload, %error, "cannot apply capture settings");
             }
         }
-        if let Err(error) = self.capture.mesh_changed(generation, &dead) {
+        if let Err(error) = self.capture.mesh_changed(generation, dead) {
             tracing::error!(%error, "cannot void the kernel's verdicts; they end by their time");
         }
-        self.telemetry
-            .agent
-            .workloads
-            .set(i64::try_from(enrolled.len()).unwrap_or(i64::MAX));
-        let identities: Vec<Identity> = identities.into_iter().collect();
-        self.certificates.retain(&identities);
-        self.end_forbidden_flows();
     }
 
     /// Settings of a local workload as discovery has them, or the defaults (fail closed).

@@ -5,6 +5,7 @@ mod credentials;
 mod enrolment;
 mod error;
 mod follow;
+mod handover;
 mod kernel_metrics;
 pub mod records;
 mod requests;
@@ -13,6 +14,7 @@ mod same_node;
 mod standalone;
 mod uninstall;
 
-pub use agent::run;
+pub use agent::{report_failed_start, run};
 pub use error::AgentError;
+pub use handover::HandoverError;
 pub use uninstall::uninstall;

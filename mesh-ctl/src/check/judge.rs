@@ -540,6 +540,7 @@ mod tests {
                 certificate: "missing".to_owned(),
             }],
             pending: pending.iter().map(ToString::to_string).collect(),
+            draining: Vec::new(),
         };
         Ok(Answer {
             response: Response::Status(Box::new(status)),

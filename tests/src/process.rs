@@ -66,6 +66,15 @@ impl Program {
         Self::new(words.next().unwrap_or("true")).args(words)
     }
 
+    /// Starts another file with the same arguments.
+    #[must_use]
+    pub fn with_file(mut self, program: impl AsRef<OsStr>) -> Self {
+        if let Some(first) = self.arguments.first_mut() {
+            program.as_ref().clone_into(first);
+        }
+        self
+    }
+
     /// Adds an argument.
     #[must_use]
     pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {

@@ -36,7 +36,7 @@ use crate::sys::{
 mod maps;
 
 /// The programs, as the build script made them.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weft-ebpf.o"));
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weft-ebpf.o"));
 
 /// Where the kernel objects of one agent live.
 #[derive(Debug, Clone)]

@@ -149,7 +149,7 @@ fn a_rejected_program_is_named_and_leaves_the_running_ones() {
         let error = Kernel::beside_with(config.clone(), lock(), &rejected);
         let error = error.expect_err("no verifier takes it").to_string();
         assert!(
-            error.contains("weft_connect6") && error.contains("R0 !read_ok"),
+            error.contains("weft_connect6") && error.contains("R9 !read_ok"),
             "{error}"
         );
         assert_eq!(links(&scratch.0), before);

@@ -75,6 +75,19 @@ impl Program {
         self
     }
 
+    /// Replaces the value of an option, or adds the option.
+    #[must_use]
+    pub fn with_option(mut self, name: &str, value: &str) -> Self {
+        let index = self.arguments.iter().position(|argument| argument == name);
+        match index.and_then(|index| self.arguments.get_mut(index + 1)) {
+            Some(present) => {
+                *present = value.into();
+                self
+            }
+            None => self.arg(name).arg(value),
+        }
+    }
+
     /// Adds an argument.
     #[must_use]
     pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {

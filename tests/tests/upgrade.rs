@@ -1,6 +1,12 @@
 //! A new agent takes over from a running one: nobody loses a connection, whatever happens to either of them.
 
-use std::{collections::BTreeSet, fs, os::fd::AsFd as _, path::Path, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::fd::AsFd as _,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
@@ -152,10 +158,12 @@ fn twenty_upgrades_under_load_lose_nothing() -> Result<()> {
     let near = scene.lab.spawn(scene.lab.pod("web")?, &program)?;
     let mut load = scene.client(&format!("--rate {RATE} --seconds 40 --records 2"))?;
     let mut replaced = Vec::new();
+    let began = Instant::now();
     for upgrade in 0..UPGRADES {
         let node = ["n1", "n2"][upgrade % 2];
         replaced.push(scene.take_over(node, &[])?);
     }
+    println!("{UPGRADES} upgrades in {:?}", began.elapsed());
     ensure!(load.is_running(), "the load ended before the upgrades");
     scene.require_one_program_per_hook()?;
     let draining = scene.status("n1")?["draining"].clone();
@@ -245,7 +253,7 @@ fn wait_queued(scene: &Scene, connections: usize) -> Result<()> {
 
 /// Lets a stopped agent be stopped: nothing can happen that could be waited for.
 fn wait_stopped_for(scene: &Scene, time: Duration) -> Result<()> {
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     wait::until("the stop to last", LIMIT, || {
         let served = inventory::established(&scene.lab.pod("cart")?.netns, PORT)?;
         ensure!(served == 0, "a stopped agent serves {served} connections");
@@ -303,19 +311,28 @@ fn a_successor_that_fails_changes_nothing() -> Result<()> {
         "cgroup/connect4",
         &scene.lab.directory().join("rejected-agent"),
     )?;
-    let bad = bad.to_string_lossy().into_owned();
-    let cases: [(&[&str], Option<&Path>, &[&str]); 4] = [
-        (&["--config", &bad], None, &["bad.yaml", "workers"]),
-        (&["--node", "n2"], None, &["does not hand over", "n2"]),
+    let node = scene.node("n1")?;
+    let good = || -> Result<Program> { Ok(scene.mesh.agent_program(node)?.arg("--take-over")) };
+    let cases: [(Program, &[&str]); 4] = [
         (
-            &["--token-file", "/nonexistent/token"],
-            None,
+            good()?.with_option("--config", &bad.to_string_lossy()),
+            &["bad.yaml", "workers"],
+        ),
+        (
+            good()?.with_option("--node", "n2"),
+            &["does not hand over", "n2"],
+        ),
+        (
+            good()?.with_option("--token-file", "/nonexistent/token"),
             &["--token-file"],
         ),
-        (&[], Some(&rejected), &["weft_connect4", "R0 !read_ok"]),
+        (
+            good()?.with_file(&rejected),
+            &["weft_connect4", "R9 !read_ok"],
+        ),
     ];
-    for (arguments, program, texts) in cases {
-        failed_successor(&scene, arguments, program, texts)?;
+    for (program, texts) in cases {
+        failed_successor(&scene, &program, texts)?;
         scene.inventory()?.require_same_as(&before)?;
     }
     die_at_every_stage(&scene)?;
@@ -330,21 +347,9 @@ fn a_successor_that_fails_changes_nothing() -> Result<()> {
     scene.require_service()
 }
 
-fn failed_successor(
-    scene: &Scene,
-    arguments: &[&str],
-    program: Option<&Path>,
-    texts: &[&str],
-) -> Result<()> {
+fn failed_successor(scene: &Scene, program: &Program, texts: &[&str]) -> Result<()> {
     let node = scene.node("n1")?;
-    let mut words = vec!["--take-over"];
-    words.extend(arguments);
-    let agent = scene.mesh.agent_program(node)?.args(&words);
-    let agent = match program {
-        Some(program) => agent.with_file(program),
-        None => agent,
-    };
-    let finished = scene.lab.spawn_agent(node, &agent)?.wait(LIMIT)?;
+    let finished = scene.lab.spawn_agent(node, program)?.wait(LIMIT)?;
     println!("{}", finished.stderr.trim());
     ensure!(!finished.status.success(), "it reported success: {texts:?}");
     for text in texts {
@@ -501,6 +506,6 @@ fn an_operator_upgrades_and_goes_back_with_one_command() -> Result<()> {
 }
 
 /// The program that an agent runs, by its status.
-fn program_of(status: &Value) -> Result<std::path::PathBuf> {
+fn program_of(status: &Value) -> Result<PathBuf> {
     Ok(fs::read_link(format!("/proc/{}/exe", status["pid"]))?)
 }

@@ -124,10 +124,11 @@ impl LocalServer {
         })
     }
 
-    /// A socket that is served by an agent from which this one takes over.
+    /// A socket that is served by an agent from which this one takes over. The file is not ours before
+    /// [`LocalServer::claim`].
     ///
     /// # Errors
-    /// When the folder is not safe or the socket is not there.
+    /// When the folder is not safe.
     pub fn inherit(
         run_dir: &Path,
         listener: std::os::unix::net::UnixListener,
@@ -140,13 +141,22 @@ impl LocalServer {
             source,
         };
         let listener = UnixListener::from_std(listener).map_err(failed)?;
-        let inode = fs::symlink_metadata(&path).map_err(failed)?.ino();
         Ok(Self {
             listener,
             path,
-            inode,
+            inode: NO_INODE,
             owner,
         })
+    }
+
+    /// The file is this agent's: it goes when this is dropped.
+    pub fn claim(&mut self) {
+        match fs::symlink_metadata(&self.path) {
+            Ok(found) => self.inode = found.ino(),
+            Err(error) => {
+                tracing::error!(path = %self.path.display(), %error, "the local socket cannot be found");
+            }
+        }
     }
 
     /// A copy of the listener, for an agent that takes over.
@@ -155,11 +165,6 @@ impl LocalServer {
     /// When the process is out of descriptors.
     pub fn copy(&self) -> io::Result<OwnedFd> {
         duplicate(self.listener.as_fd())
-    }
-
-    /// The file is another agent's: it stays when this is dropped.
-    pub fn leave(&mut self) {
-        self.inode = NO_INODE;
     }
 
     /// Where the socket is.
@@ -198,7 +203,8 @@ impl LocalServer {
                 }
             }
         }
-        self.leave();
+        // The file is the other agent's.
+        self.inode = NO_INODE;
         drop(self);
         while clients.join_next().await.is_some() {}
     }

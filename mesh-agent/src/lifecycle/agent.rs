@@ -163,6 +163,7 @@ async fn start_and_run(
         tracing::error!(%error, "earlier enrolments are not taken over");
         Vec::new()
     });
+    let descriptors = descriptors(run_dir, &agent, &local, &admin)?;
     agent.adopt(records, &config.workloads).await;
     tokio::spawn(agent.clone().follow_mesh());
     tracing::info!(node = %config.node.name, ?found, "agent is running");
@@ -171,6 +172,7 @@ async fn start_and_run(
         admin,
         local,
         door,
+        descriptors,
         upstream,
         shutdown,
     };
@@ -215,7 +217,7 @@ async fn take_over(
     let admin = AdminServers::inherit(admin_addresses(config), offer.addresses, listeners).await?;
     let mut local =
         LocalServer::inherit(run_dir.path(), offer.take(NodeDescriptor::Local)?.into())?;
-    let mut door = offer.take_door(run_dir.path())?;
+    let mut door = offer.take_door()?;
     let shutdown = CancellationToken::new();
     let upstream = standalone::upstream(config, run_dir.path()).await?;
     credentials::check(&upstream)?;
@@ -230,21 +232,17 @@ async fn take_over(
         false,
     )?;
     let records = agent.records.load()?;
-    let rest = Box::pin(offer.carry_out(&agent, records)).await;
-    let rest = match rest {
-        Ok(rest) => rest,
-        Err(error) => {
-            // The files are those of the agent that goes on.
-            local.leave();
-            door.leave();
-            return Err(error);
-        }
-    };
+    let descriptors = descriptors(&run_dir, &agent, &local, &admin)?;
+    let rest = Box::pin(offer.carry_out(&agent, records)).await?;
+    // Only now are the files those of this agent.
+    local.claim();
+    door.claim(run_dir.path());
     let running = Running {
         agent,
         admin,
         local,
         door,
+        descriptors,
         upstream,
         shutdown,
     };
@@ -288,8 +286,30 @@ struct Running {
     admin: AdminServers,
     local: LocalServer,
     door: Door,
+    descriptors: Descriptors,
     upstream: Upstream,
     shutdown: CancellationToken,
+}
+
+/// Copies of what an agent that takes over needs, made while failing does no harm.
+fn descriptors(
+    run_dir: &RunDir,
+    agent: &Agent,
+    local: &LocalServer,
+    admin: &AdminServers,
+) -> Result<Descriptors, AgentError> {
+    let copies = || -> std::io::Result<Descriptors> {
+        Ok(Descriptors {
+            run_lock: run_dir.share_lock()?.into(),
+            cgroup_lock: agent.capture.kernel().share_lock()?.into(),
+            local: local.copy()?,
+            admin: admin.copies()?,
+        })
+    };
+    copies().map_err(|source| AgentError::System {
+        what: "copies of what an agent that takes over needs",
+        source,
+    })
 }
 
 impl Running {
@@ -306,16 +326,6 @@ impl Running {
             tokio::time::sleep(START_UP).await;
             sys::keep_memory_at_hand();
         });
-        let system = |source| AgentError::System {
-            what: "copies of what an agent that takes over needs",
-            source,
-        };
-        let descriptors = Descriptors {
-            run_lock: run_dir.share_lock().map_err(system)?.into(),
-            cgroup_lock: agent.capture.kernel().share_lock().map_err(system)?.into(),
-            local: self.local.copy().map_err(system)?,
-            admin: self.admin.copies().map_err(system)?,
-        };
         let elsewhere = CancellationToken::new();
         let view = Arc::new(AdminView {
             agent: agent.clone(),
@@ -324,7 +334,7 @@ impl Running {
         tokio::spawn(self.admin.serve(view, elsewhere.clone()));
         tokio::spawn(self.local.serve(agent.clone(), elsewhere.clone()));
         let (tell, handed_over) = oneshot::channel();
-        let handing = hand_over_to_successors(agent.clone(), self.door, descriptors, tell);
+        let handing = hand_over_to_successors(agent.clone(), self.door, self.descriptors, tell);
         let handing = tokio::spawn(handing);
         tokio::select! {
             name = signals.any() => {

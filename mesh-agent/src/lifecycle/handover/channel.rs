@@ -63,19 +63,26 @@ impl Door {
             Ok(socket)
         };
         let socket = open().map_err(failed)?;
-        Self::inherited(run_dir, socket)
+        let mut door = Self::inherited(socket)?;
+        door.claim(run_dir);
+        Ok(door)
     }
 
-    /// A listener that was handed over.
-    pub(super) fn inherited(run_dir: &Path, socket: OwnedFd) -> Result<Self, HandoverError> {
+    /// A listener that was handed over. The file is not ours yet.
+    pub(super) fn inherited(socket: OwnedFd) -> Result<Self, HandoverError> {
         Ok(Self {
             socket: sys::watch_fd(socket)?,
-            file: Some(run_dir.join(SOCKET_NAME)),
+            file: None,
         })
     }
 
+    /// The file is this agent's: it goes when this is dropped.
+    pub(in crate::lifecycle) fn claim(&mut self, run_dir: &Path) {
+        self.file = Some(run_dir.join(SOCKET_NAME));
+    }
+
     /// The file is another agent's by now.
-    pub(in crate::lifecycle) fn leave(&mut self) {
+    pub(super) fn leave(&mut self) {
         self.file = None;
     }
 
@@ -155,9 +162,10 @@ impl Channel {
                 }
             }
         };
-        Ok(timeout(limit, sending)
+        timeout(limit, sending)
             .await
-            .map_err(|_| HandoverError::Silent(limit))??)
+            .map_err(|_| HandoverError::Silent(limit))?
+            .map_err(gone_or_failed)
     }
 
     /// Hears one thing. [`HandoverError::Gone`] when the other end has closed.
@@ -175,13 +183,22 @@ impl Channel {
         };
         let (text, descriptors) = timeout(limit, receiving)
             .await
-            .map_err(|_| HandoverError::Silent(limit))??;
+            .map_err(|_| HandoverError::Silent(limit))?
+            .map_err(gone_or_failed)?;
         if text.is_empty() {
             return Err(HandoverError::Gone);
         }
         let message = serde_json::from_slice(&text)
             .map_err(|error| HandoverError::Malformed(error.to_string()))?;
         Ok((message, descriptors))
+    }
+}
+
+/// An end that has closed shows itself on sending, and on receiving when it had not heard everything (unix(7)).
+fn gone_or_failed(error: io::Error) -> HandoverError {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => HandoverError::Gone,
+        _ => HandoverError::Io(error),
     }
 }
 
@@ -332,6 +349,8 @@ mod tests {
         drop(successor);
         let heard = predecessor.receive::<FromSuccessor>(SOON).await;
         assert!(matches!(heard, Err(HandoverError::Gone)));
+        let said = predecessor.send(&FromPredecessor::Paused, &[], SOON).await;
+        assert!(matches!(said, Err(HandoverError::Gone)));
     }
 
     #[tokio::test(start_paused = true)]

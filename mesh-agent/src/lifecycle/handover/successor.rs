@@ -197,12 +197,9 @@ impl Offer {
     }
 
     /// Takes the hand-over socket.
-    pub(in crate::lifecycle) fn take_door(
-        &mut self,
-        run_dir: &Path,
-    ) -> Result<Door, HandoverError> {
-        let socket = self.take(NodeDescriptor::Handover)?;
-        Door::inherited(run_dir, socket)
+    pub(in crate::lifecycle) fn take_door(&mut self) -> Result<Door, HandoverError> {
+        self.take(NodeDescriptor::Handover)
+            .and_then(Door::inherited)
     }
 
     /// Tells the predecessor that there will be no hand-over.
@@ -333,7 +330,7 @@ impl Offer {
         match paused.await {
             Ok((FromPredecessor::Paused, _)) => Ok(()),
             Ok((other, _)) => Err(HandoverError::Malformed(format!("{other:?} to a commit"))),
-            Err(HandoverError::Gone | HandoverError::Io(_)) => {
+            Err(HandoverError::Gone) => {
                 tracing::warn!(
                     pid = self.pid,
                     "the running agent is gone; going on without it"

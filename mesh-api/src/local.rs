@@ -103,6 +103,8 @@ pub struct Status {
     pub uptime_ms: u64,
     /// State of the discovery stream: `connected`, `snapshot` (serving from disk) or `waiting`.
     pub discovery: String,
+    /// The last good state on disk: `current`, `behind` (newer changes are about to be written) or `missing`.
+    pub snapshot: String,
     /// Enrolled workloads.
     pub workloads: Vec<WorkloadStatus>,
     /// What readiness still waits for; empty when ready.

@@ -31,6 +31,7 @@ pub fn status(status: &Status, now: i64) -> String {
         ),
         ("Ready", ready),
         ("Discovery", discovery(&status.discovery)),
+        ("Snapshot", snapshot(&status.snapshot)),
     ] {
         push_line(&mut text, format_args!("{label:<11}{}", printable(&value)));
     }
@@ -80,6 +81,14 @@ fn discovery(state: &str) -> String {
             "snapshot (control plane away, serving the last good state from disk)".to_owned()
         }
         "waiting" => "waiting (nothing received from the control plane yet)".to_owned(),
+        other => other.to_owned(),
+    }
+}
+
+fn snapshot(state: &str) -> String {
+    match state {
+        "behind" => "behind (newer changes are about to be written)".to_owned(),
+        "missing" => "missing (a restart without the control plane would know nothing)".to_owned(),
         other => other.to_owned(),
     }
 }
@@ -306,6 +315,7 @@ mod tests {
             pid: 4_242,
             uptime_ms: 7_805_000,
             discovery: "connected".to_owned(),
+            snapshot: "current".to_owned(),
             workloads: vec![workload("web"), unknown],
             pending: Vec::new(),
             draining: Vec::new(),
@@ -333,6 +343,7 @@ Node       n1
 Agent      0.1.0, pid 4242, up 2h10m
 Ready      yes
 Discovery  connected
+Snapshot   current
 
 NAMESPACE  NAME    ADDRESSES              IDENTITY                      CAPTURE                  CERTIFICATE        SAME-NODE  ON-DEATH  OPEN
 shop       web     10.77.1.10,fd77:1::10  cluster.local/ns/shop/sa/web  ok                       valid, 11h6m left  kernel     closed       3

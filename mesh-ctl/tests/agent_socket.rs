@@ -85,6 +85,7 @@ fn node() -> Status {
         pid: 7,
         uptime_ms: 61_000,
         discovery: "connected".to_owned(),
+        snapshot: "current".to_owned(),
         workloads: Vec::new(),
         pending: Vec::new(),
         draining: Vec::new(),

@@ -111,6 +111,10 @@ fn agents_go_on_without_the_control_plane_and_never_in_plaintext() -> Result<()>
     );
     let node = lab.node("n1")?;
     require_service(&lab, web, cart.at(PORT))?;
+    // What a restart may know is what has been written by then.
+    wait_for_status(&lab, &mesh, node, "the snapshot to be written", |status| {
+        status["snapshot"] == "current"
+    })?;
     let capture = LinkCapture::start(&lab)?;
 
     // Away: what runs goes on, new connections included.

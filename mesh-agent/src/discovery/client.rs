@@ -171,6 +171,43 @@ pub struct DiscoveryStatus {
     pub nacks: u64,
     /// Snapshots that could not be written since start.
     pub snapshot_failures: u64,
+    /// The responses that the snapshot on disk contains; `None` while there is no usable one.
+    pub snapshot_responses: Option<u64>,
+}
+
+impl DiscoveryStatus {
+    /// Whether an agent that restarted now, without the control plane, would know all that this one knows.
+    #[must_use]
+    pub fn snapshot(&self) -> SnapshotState {
+        match self.snapshot_responses {
+            None => SnapshotState::Missing,
+            Some(contained) if contained >= self.responses => SnapshotState::Current,
+            Some(_) => SnapshotState::Behind,
+        }
+    }
+}
+
+/// How the snapshot on disk compares with what the agent knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SnapshotState {
+    /// It holds everything.
+    Current,
+    /// Newer responses wait for the next write.
+    Behind,
+    /// There is none, or none that can be used.
+    Missing,
+}
+
+impl SnapshotState {
+    /// The word for it in `weft status`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Current => "current",
+            Self::Behind => "behind",
+            Self::Missing => "missing",
+        }
+    }
 }
 
 /// The client. It owns the writer: nobody else changes the mesh.
@@ -240,6 +277,7 @@ impl DiscoveryClient {
             status.phase = Phase::Snapshot;
             status.ready = true;
             status.counts = counts;
+            status.snapshot_responses = Some(status.responses);
         });
     }
 
@@ -386,7 +424,6 @@ impl DiscoveryClient {
             );
         }
         let counts = self.writer.apply(reaction.updates);
-        self.changes.send_modify(|changes| *changes += 1);
         self.status.send_modify(|status| {
             status.ready |= answered;
             status.counts = counts;
@@ -402,6 +439,8 @@ impl DiscoveryClient {
                 status.last_error = None;
             }
         });
+        // Last: whoever writes the snapshot from now on finds this response counted.
+        self.changes.send_modify(|changes| *changes += 1);
         reaction.reply
     }
 }
@@ -494,8 +533,13 @@ struct SnapshotKeeper {
 impl SnapshotKeeper {
     async fn run(mut self, shutdown: CancellationToken) {
         while let Some(Ok(())) = shutdown.run_until_cancelled(self.changes.changed()).await {
+            // A node's first state is not held back: until it is on disk, a restart would know nothing.
+            let debounce = match self.status.borrow().snapshot_responses {
+                Some(_) => SNAPSHOT_DEBOUNCE,
+                None => Duration::ZERO,
+            };
             let settled = shutdown
-                .run_until_cancelled(sleep(SNAPSHOT_DEBOUNCE))
+                .run_until_cancelled(sleep(debounce))
                 .await
                 .is_some();
             if !settled {
@@ -520,6 +564,8 @@ impl SnapshotKeeper {
             return SNAPSHOT_DEBOUNCE;
         }
         let start = Instant::now();
+        // Read before the records: they may hold more than that, never less.
+        let contained = self.status.borrow().responses;
         let (node, records): (Node, Vec<Record>) = {
             let subscription = lock(&self.subscription);
             // Before both types are known the file on disk, if any, is the better state.
@@ -534,6 +580,8 @@ impl SnapshotKeeper {
         let error = match written {
             Ok(Ok(())) => {
                 self.failing = false;
+                self.status
+                    .send_modify(|status| status.snapshot_responses = Some(contained));
                 return start.elapsed() * SNAPSHOT_PAUSE_FACTOR;
             }
             Ok(Err(error)) => error.to_string(),

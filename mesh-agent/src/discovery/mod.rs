@@ -21,7 +21,9 @@ pub mod subscription;
 pub(crate) mod tests;
 mod update;
 
-pub use client::{DiscoveryClient, DiscoveryConfig, DiscoveryError, DiscoveryStatus, Phase};
+pub use client::{
+    DiscoveryClient, DiscoveryConfig, DiscoveryError, DiscoveryStatus, Phase, SnapshotState,
+};
 pub use dump::DUMP_MAX;
 pub use state::{Counts, MeshState};
 pub use update::{RefusedPolicy, Update};

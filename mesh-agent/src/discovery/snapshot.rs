@@ -20,8 +20,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::subscription::{Kind, Record};
 
-/// Changes that arrive within this time share one write. A restart may lose that much, and the control plane repeats
-/// it on connecting.
+/// Changes that arrive within this time share one write, after the first. A restart may lose that much, and the control
+/// plane repeats it on connecting.
 pub const SNAPSHOT_DEBOUNCE: Duration = Duration::from_secs(1);
 /// After a write, pause this many times its duration: under constant change the disk is busy 5 % of the time.
 pub const SNAPSHOT_PAUSE_FACTOR: u32 = 20;

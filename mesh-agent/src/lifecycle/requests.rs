@@ -10,7 +10,7 @@ use crate::{
     admin::{AdminState, LocalHandler},
     capture::Enrolled,
     discovery::{
-        DiscoveryStatus, Phase,
+        DiscoveryStatus, Phase, SnapshotState,
         model::{FailureMode, SameNode},
     },
     identity::CertificateStatus,
@@ -144,6 +144,13 @@ impl Agent {
             .inc_by(status.responses.saturating_sub(xds.messages.get()));
         xds.nacks
             .inc_by(status.nacks.saturating_sub(xds.nacks.get()));
+        xds.snapshot_failures.inc_by(
+            status
+                .snapshot_failures
+                .saturating_sub(xds.snapshot_failures.get()),
+        );
+        xds.snapshot_current
+            .set(i64::from(status.snapshot() == SnapshotState::Current));
         xds.set_resources("workload", status.counts.workloads);
         xds.set_resources("service", status.counts.services);
         xds.set_resources("policy", status.counts.policies);
@@ -165,12 +172,17 @@ impl Agent {
             .collect();
         workloads.extend(self.missing_status());
         workloads.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        let (phase, snapshot) = {
+            let discovery = self.discovery.borrow();
+            (discovery.phase, discovery.snapshot())
+        };
         Status {
             node: self.config.node.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            discovery: self.discovery.borrow().phase.as_str().to_owned(),
+            discovery: phase.as_str().to_owned(),
+            snapshot: snapshot.as_str().to_owned(),
             workloads,
             pending: self.pending(),
             draining: draining::list(&self.config.node.run_dir),
@@ -277,6 +289,7 @@ impl Agent {
             "streams": status.streams,
             "responses": status.responses,
             "nacks": status.nacks,
+            "snapshot": status.snapshot().as_str(),
             "snapshotFailures": status.snapshot_failures,
         })
     }

@@ -404,6 +404,10 @@ pub struct XdsMetrics {
     pub messages: IntCounter,
     /// Responses rejected in part.
     pub nacks: IntCounter,
+    /// Snapshots that could not be written.
+    pub snapshot_failures: IntCounter,
+    /// 1 while the snapshot on disk holds all that is known.
+    pub snapshot_current: IntGauge,
     resources: IntGaugeVec,
 }
 
@@ -424,6 +428,16 @@ impl XdsMetrics {
                 registry,
                 "weft_xds_nacks_total",
                 "Discovery responses rejected in part",
+            ),
+            snapshot_failures: counter(
+                registry,
+                "weft_xds_snapshot_failures_total",
+                "Snapshots that could not be written",
+            ),
+            snapshot_current: gauge(
+                registry,
+                "weft_xds_snapshot_current",
+                "1 while the snapshot on disk holds all that is known",
             ),
             resources: gauges(
                 registry,

@@ -524,6 +524,7 @@ mod tests {
             pid: 1,
             uptime_ms: 1,
             discovery: "connected".to_owned(),
+            snapshot: "current".to_owned(),
             workloads: vec![WorkloadStatus {
                 namespace: "shop".to_owned(),
                 name: "web".to_owned(),

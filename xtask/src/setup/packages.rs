@@ -18,7 +18,7 @@ pub struct Package {
 }
 
 /// Every package that anything here needs.
-const PACKAGES: [Package; 10] = [
+const PACKAGES: [Package; 12] = [
     Package {
         need: Need::Build,
         package: "gcc",
@@ -48,6 +48,18 @@ const PACKAGES: [Package; 10] = [
         package: "tcpdump",
         program: "tcpdump",
         why: "captures for the plaintext oracle",
+    },
+    Package {
+        need: Need::Lab,
+        package: "bpftool",
+        program: "bpftool",
+        why: "lists the programs and links that the kernel really has",
+    },
+    Package {
+        need: Need::Lab,
+        package: "python3",
+        program: "python3",
+        why: "the hostile pod of the tests",
     },
     Package {
         need: Need::Lab,

@@ -23,7 +23,7 @@ use tonic::{
 
 use super::*;
 use crate::discovery::{
-    DiscoveryClient, DiscoveryConfig, DiscoveryError, DiscoveryStatus, Mesh, Phase,
+    DiscoveryClient, DiscoveryConfig, DiscoveryError, DiscoveryStatus, Mesh, Phase, SnapshotState,
     subscription::Kind,
 };
 
@@ -283,6 +283,44 @@ async fn an_agent_becomes_ready_survives_the_stream_and_restarts_from_its_snapsh
         (Phase::Snapshot, 1)
     );
     assert!(restarted.knows("10.0.0.1"));
+    restarted.stop().await;
+}
+
+#[tokio::test]
+async fn what_the_snapshot_is_said_to_hold_survives_a_killed_agent() {
+    let mut lab = Lab::new().await;
+    let mut agent = lab.agent();
+    assert_eq!(
+        agent.until(|_| true).await.snapshot(),
+        SnapshotState::Missing
+    );
+    let mut session = lab.session().await;
+    session.request().await;
+    session.request().await;
+    session
+        .send(Kind::Address, vec![workload("a", "10.0.0.1")])
+        .await;
+    session.send(Kind::Authorization, vec![]).await;
+    agent
+        .until(|status| status.snapshot() == SnapshotState::Current)
+        .await;
+    let second = session
+        .send(Kind::Address, vec![workload("b", "10.0.0.2")])
+        .await;
+    assert!(second.error_detail.is_none());
+    agent
+        .until(|status| status.responses == 3 && status.snapshot() == SnapshotState::Current)
+        .await;
+    agent.task.abort();
+    lab.server.abort();
+
+    let mut restarted = lab.agent();
+    let status = restarted.until(|status| status.ready).await;
+    assert_eq!(
+        (status.phase, status.snapshot()),
+        (Phase::Snapshot, SnapshotState::Current)
+    );
+    assert!(restarted.knows("10.0.0.1") && restarted.knows("10.0.0.2"));
     restarted.stop().await;
 }
 

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs,
     os::fd::AsFd as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -14,7 +14,7 @@ use mesh_tests::{
     inventory::{self, Inventory},
     lab::{Families, Lab, LabSpec, Node, PodSpec},
     mesh::{Mesh, MeshSpec, TOOK_OVER},
-    process::{Program, Running},
+    process::{Program, Running, killed_by},
     programs,
     seqecho::report::Report,
     successor::{FalseSuccessor, with_rejected_program},
@@ -301,8 +301,8 @@ fn a_successor_that_fails_changes_nothing() -> Result<()> {
     let mut scene = Scene::start(Families::V4)?;
     let before = scene.inventory()?;
     let pid = scene.status("n1")?["pid"].clone();
-    let long = scene.long(20, "--seconds 30 --interval-ms 50")?;
-    let load = scene.client("--rate 50 --seconds 25")?;
+    let long = scene.long(20, "--seconds 12 --interval-ms 50")?;
+    let load = scene.client("--rate 50 --seconds 10")?;
 
     let bad = scene.lab.directory().join("bad.yaml");
     fs::write(&bad, "proxy:\n  workers: many\n")?;
@@ -417,11 +417,39 @@ fn die_at_every_stage(scene: &Scene) -> Result<()> {
 }
 
 #[test]
+fn a_successor_that_hangs_with_the_listeners_is_ended_and_what_waited_is_served() -> Result<()> {
+    let mut scene = Scene::start(Families::V4)?;
+    let node = scene.lab.node("n1")?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hanging_successor.py");
+    let python = programs::installed("python3").context("python3 is missing")?;
+    let hanging = Program::new(python)
+        .arg(script)
+        .arg(node.run_dir.join("handover.sock"))
+        .arg(&node.name)
+        .arg(&node.cgroup_root)
+        .arg(&node.bpffs_root);
+    let mut hanging = scene.lab.spawn(node, &hanging)?;
+    hanging.wait_for_output("paused", LIMIT)?;
+    let waiting = scene.lab.spawn(
+        scene.lab.pod("web")?,
+        &client_with(
+            scene.server.address,
+            "--connections 50 --stall-ms 30000 --limit-ms 40000",
+        )?,
+    )?;
+    nothing_lost("waiting connections", &report(waiting)?)?;
+    let ended = hanging.wait(LIMIT)?;
+    ensure!(killed_by(ended.status, Signal::SIGKILL), "{}", ended.status);
+    let replaced = scene.take_over("n1", &[])?;
+    ended_after_draining(replaced, 0)
+}
+
+#[test]
 fn an_operator_upgrades_and_goes_back_with_one_command() -> Result<()> {
     let mut scene = Scene::start(Families::V4)?;
     let node = scene.lab.node("n1")?;
-    let long = scene.long(20, "--seconds 20 --interval-ms 50")?;
-    let load = scene.client("--rate 50 --seconds 18")?;
+    let long = scene.long(20, "--seconds 14 --interval-ms 50")?;
+    let load = scene.client("--rate 50 --seconds 12")?;
     let first = scene.status("n1")?["pid"].clone();
     let weft = |scene: &Scene, arguments: &[&str]| {
         let mut words = vec!["agent", "upgrade"];

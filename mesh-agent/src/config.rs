@@ -11,6 +11,8 @@ use std::{
 use mesh_api::{identity::Identity, local::Enrolment};
 use serde::{Deserialize, Serialize};
 
+use crate::proxy::TunnelCodec;
+
 /// Largest configuration file read, in bytes: thousands of workloads fit, a wrong file (a log, a disk) does not.
 pub const FILE_MAX_BYTES: u64 = 4 << 20;
 
@@ -134,6 +136,9 @@ pub struct ProxyConfig {
     pub drain_deadline_seconds: u64,
     /// Lifetime to ask certificates for, in seconds.
     pub certificate_lifetime_seconds: u64,
+    /// Which implementation of HTTP/2 writes the tunnels: `native`, our own, or `h2`, the crate. Both speak the same
+    /// protocol; peers need not agree.
+    pub tunnel_codec: TunnelCodec,
 }
 
 /// Most workers: more than any machine has cores that this proxy could feed.
@@ -147,6 +152,7 @@ impl Default for ProxyConfig {
             workers: 0,
             drain_deadline_seconds: 5,
             certificate_lifetime_seconds: 24 * 60 * 60,
+            tunnel_codec: TunnelCodec::default(),
         }
     }
 }

@@ -263,6 +263,11 @@ async fn serve_streams(
                     incoming,
                 ));
             }
+            Some(Err(error @ TunnelError::Abuse(_))) => {
+                worker.shared.refuse(Limit::TunnelAbuse);
+                tracing::warn!(%error, peer = %ends.identity, "a client's tunnel was closed");
+                return;
+            }
             Some(Err(error)) => {
                 tracing::debug!(%error, peer = %ends.identity, "tunnel ended");
                 return;

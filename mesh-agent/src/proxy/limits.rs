@@ -97,18 +97,24 @@ pub const SERVER_HEADER_LIST_BYTES: u32 = 64 << 10;
 /// Streams that the peer reset before we accepted them; more and the connection is closed (rapid reset,
 /// CVE-2023-44487).
 pub const MAX_PENDING_RESET_STREAMS: usize = 20;
-/// Streams that we remember as reset by us, to ignore frames still on their way.
+/// Streams that the `h2` crate remembers as reset by us, to ignore frames still on their way.
 pub const MAX_LOCAL_RESET_STREAMS: usize = 64;
 /// Streams reset by us because of the peer's errors; more and the connection is closed (CVE-2025-8671).
 pub const MAX_LOCAL_ERROR_RESETS: usize = 1024;
 /// CONTINUATION frames of one header block: four of the smallest maximum size hold the largest list we take; more is
 /// an attack (CVE-2024-27316).
 pub const MAX_CONTINUATION_FRAMES: usize = 16;
+/// Streams that our own codec remembers as reset by us, to ignore frames still on their way: five times as many as may be
+/// open, so that a tunnel survives the reset of all of them under load. 4 KiB at most.
+pub const MAX_IGNORED_STREAMS: usize = 1024;
 /// Parameters in one SETTINGS frame: six are known, the rest leaves room for extensions.
 pub const MAX_SETTINGS_PER_FRAME: usize = 64;
-/// Frames in a second that carry nothing (PING, SETTINGS, empty DATA, PRIORITY, unknown ones, interim answers) without
-/// a byte or a request between them (CVE-2019-9512, 9513, 9515, 9518). Honest peers send a few.
+/// Frames in a second that carry nothing (PING, SETTINGS, GOAWAY, DATA that is empty or all padding, PRIORITY, unknown
+/// ones, interim answers, resets of nothing, tiny credit) without a byte or a request between them, nor one of ours
+/// (CVE-2019-9512, 9513, 9515, 9518). Honest peers send a few.
 pub const MAX_EMPTY_FRAMES_PER_SECOND: u32 = 1000;
+/// Credit below this is tiny: an honest peer gives it only for bytes that we have just sent.
+pub const SMALL_CREDIT_BYTES: u32 = 1024;
 /// Queued answers to PING, SETTINGS and mistakes at which a peer counts as one that does not read them.
 pub const MAX_QUEUED_ANSWER_BYTES: usize = 64 << 10;
 /// Reads up to this go to the tunnel with those of other streams in one record; larger ones are sent at once.

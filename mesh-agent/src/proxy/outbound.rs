@@ -117,9 +117,10 @@ impl OutboundError {
                 }
                 TunnelError::NoCertificate(_) => CloseReason::NoCertificate,
                 TunnelError::Limit => CloseReason::Limit,
-                TunnelError::Tls(_) | TunnelError::Protocol(_) | TunnelError::NotTaken => {
-                    CloseReason::TunnelFailed
-                }
+                TunnelError::Tls(_)
+                | TunnelError::Protocol(_)
+                | TunnelError::Abuse(_)
+                | TunnelError::NotTaken => CloseReason::TunnelFailed,
             },
         }
     }

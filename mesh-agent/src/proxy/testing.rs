@@ -108,7 +108,9 @@ pub(crate) async fn tunnel(
         let secured = secured_server(server, far).await;
         TunnelServer::handshake(secured, &limits).await
     };
-    let (client, server) = futures::future::join(client, server).await;
+    // Boxed: handshakes are large, and every test has one.
+    let both = Box::pin(futures::future::join(client, server));
+    let (client, server) = both.await;
     (client.expect("handshake"), server.expect("handshake"))
 }
 

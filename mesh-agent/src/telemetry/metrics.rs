@@ -246,11 +246,13 @@ pub enum Limit {
     HandshakeDeadline,
     /// Time for a client's HTTP/2 preface.
     FirstFrameDeadline,
+    /// What a client may do to a tunnel: frames that carry nothing, streams reset at once, long headers and the like.
+    TunnelAbuse,
 }
 
 impl Limit {
     /// Every limit.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Accept,
         Self::ConnectionsPerNode,
         Self::ConnectionsPerWorkload,
@@ -261,6 +263,7 @@ impl Limit {
         Self::OrderQueue,
         Self::HandshakeDeadline,
         Self::FirstFrameDeadline,
+        Self::TunnelAbuse,
     ];
 
     /// The label value.
@@ -277,6 +280,7 @@ impl Limit {
             Self::OrderQueue => "order_queue",
             Self::HandshakeDeadline => "handshake_deadline",
             Self::FirstFrameDeadline => "first_frame_deadline",
+            Self::TunnelAbuse => "tunnel_abuse",
         }
     }
 }

@@ -355,8 +355,14 @@ fn blocks() -> io::Result<()> {
         ("remembered", [block(&remembered), block(&[0xbe])].concat()),
         ("table_size", block(&[0x20, 0x3f, 0xe1, 0x1f, 0x88])),
         ("table_too_large", block(&[0x3f, 0xe1, 0xff, 0x7f])),
-        ("repeated", [block(&remembered), block(&[0xbe; 200])].concat()),
-        ("long_integer", block(&[0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0x0f])),
+        (
+            "repeated",
+            [block(&remembered), block(&[0xbe; 200])].concat(),
+        ),
+        (
+            "long_integer",
+            block(&[0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0x0f]),
+        ),
         ("never_indexed", block(&[0x10, 1, b'a', 1, b'b'])),
     ];
     for (name, bytes) in table {

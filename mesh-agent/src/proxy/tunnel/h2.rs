@@ -401,6 +401,10 @@ fn connect_request(request: ConnectRequest) -> Result<Request<()>, TunnelError> 
 }
 
 fn protocol(error: h2::Error) -> TunnelError {
+    // Said by this side, not by the peer.
+    if error.is_library() && error.reason() == Some(Reason::ENHANCE_YOUR_CALM) {
+        return TunnelError::Abuse(Arc::new(error));
+    }
     TunnelError::Protocol(Arc::new(error))
 }
 

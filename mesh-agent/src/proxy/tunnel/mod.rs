@@ -33,9 +33,9 @@ use transport::{SecuredClient, SecuredServer};
 #[serde(rename_all = "camelCase")]
 pub enum TunnelCodec {
     /// Our own.
+    #[default]
     Native,
     /// The `h2` crate.
-    #[default]
     H2,
 }
 
@@ -58,6 +58,10 @@ pub enum TunnelError {
     /// HTTP/2 with the peer failed. Another endpoint may do.
     #[error("HTTP/2 with the peer failed: {0}")]
     Protocol(#[source] Arc<dyn std::error::Error + Send + Sync>),
+    /// The peer did more of something than HTTP/2 needs, and its tunnel was closed. Look at the peer; it counts as
+    /// `tunnel_abuse` among the limits that were reached.
+    #[error("the peer exceeded a limit of HTTP/2: {0}")]
+    Abuse(#[source] Arc<dyn std::error::Error + Send + Sync>),
     /// The peer is going away or full and has not looked at the stream: another tunnel may take it.
     #[error("the peer takes no more streams on this tunnel")]
     NotTaken,
@@ -79,6 +83,7 @@ impl TunnelError {
             | Self::TimedOut(_)
             | Self::Tls(_)
             | Self::Protocol(_)
+            | Self::Abuse(_)
             | Self::NotTaken => true,
             Self::Refused(status) => status.is_server_error(),
             Self::NoCertificate(_) | Self::Limit => false,

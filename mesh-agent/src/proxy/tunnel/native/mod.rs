@@ -140,9 +140,9 @@ impl Client {
             Ok((StatusCode::OK, headers)) => Ok((handle.into_stream(), headers)),
             Ok((status, _)) => Err(TunnelError::Refused(status)),
             // RFC 9113 sections 6.8 and 8.7: it was not processed.
-            Err((_, Some(Code::REFUSED_STREAM))) => Err(TunnelError::NotTaken),
-            Err((_, Some(code))) => Err(TunnelError::Protocol(Arc::new(ResetWith(code)))),
-            Err(_) => Err(TunnelError::Protocol(Arc::new(Ended))),
+            Err(Some(Code::REFUSED_STREAM)) => Err(TunnelError::NotTaken),
+            Err(Some(code)) => Err(TunnelError::Protocol(Arc::new(ResetWith(code)))),
+            Err(None) => Err(TunnelError::Protocol(Arc::new(Ended))),
         }
     }
 }
@@ -175,7 +175,12 @@ fn poll_link(
 }
 
 fn protocol(error: LinkError) -> TunnelError {
-    TunnelError::Protocol(Arc::new(error))
+    match error {
+        LinkError::Protocol(excess) if excess.code == Code::ENHANCE_YOUR_CALM => {
+            TunnelError::Abuse(Arc::new(excess))
+        }
+        other => TunnelError::Protocol(Arc::new(other)),
+    }
 }
 
 /// Asks the peer for an answer now and then.

@@ -99,30 +99,39 @@ impl Records {
         out: &mut Vec<u8>,
     ) -> Result<Opened, RecordError> {
         let mut opened = Opened::default();
-        let mut failed = None;
         loop {
             let rest = received.get_mut(opened.discard..).unwrap_or_default();
-            let (discard, step) = guarded(|| match self {
-                Self::Client(c) => open_step(c.process_tls_records(rest), plain, out),
-                Self::Server(c) => open_step(c.process_tls_records(rest), plain, out),
-            })?;
+            let (discard, step) = self.step(rest, plain, out)?;
             opened.discard += discard;
             match step {
                 Ok(Step::Again) => {}
-                Ok(Step::Idle { .. }) if failed.is_some() => break,
                 Ok(Step::Idle { closed, ready }) => {
                     opened.closed |= closed;
                     opened.ready = ready;
                     if !closed {
-                        break;
+                        return Ok(opened);
                     }
                 }
-                // Once more, for the alert that it queued.
-                Err(error) if failed.is_none() => failed = Some(error),
-                Err(_) => break,
+                Err(error) => {
+                    // Once more, for the alert that it queued, which comes before anything that was received.
+                    let rest = received.get_mut(opened.discard..).unwrap_or_default();
+                    self.step(rest, plain, out)?.1.ok();
+                    return Err(error);
+                }
             }
         }
-        failed.map_or(Ok(opened), Err)
+    }
+
+    fn step(
+        &mut self,
+        received: &mut [u8],
+        plain: &mut Plain<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(usize, Result<Step, RecordError>), RecordError> {
+        guarded(|| match self {
+            Self::Client(c) => open_step(c.process_tls_records(received), plain, out),
+            Self::Server(c) => open_step(c.process_tls_records(received), plain, out),
+        })
     }
 
     /// Seals `plain` into records at the front of `out`, and returns how many bytes they take. `received` is what has
@@ -328,3 +337,6 @@ fn write_step<D>(
         _ => Err(RecordError::Closed),
     }
 }
+
+#[cfg(test)]
+mod tests;

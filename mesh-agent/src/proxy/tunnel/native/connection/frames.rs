@@ -13,7 +13,7 @@ use super::{
     message::{Fault, Message},
     setting,
 };
-use crate::proxy::limits::MAX_CONTINUATION_FRAMES;
+use crate::proxy::limits::{MAX_CONTINUATION_FRAMES, SMALL_CREDIT_BYTES};
 
 /// A header block that CONTINUATION goes on with.
 #[derive(Debug)]
@@ -42,11 +42,13 @@ impl<X: Default> Connection<X> {
         match head.kind {
             kind::HEADERS => self.headers(head, payload, now),
             kind::CONTINUATION => self.continuation(head, payload, now),
-            kind::RST_STREAM => self.reset_by_peer(head.stream, Code(read_u32(payload))),
+            kind::RST_STREAM => self.reset_by_peer(head.stream, Code(read_u32(payload)), now),
             kind::SETTINGS => self.settings(head, payload, now),
             kind::PING => self.ping_received(head, payload, now),
-            kind::GOAWAY => Ok(self.goes_away(read_u32(payload) & 0x7fff_ffff)),
-            kind::WINDOW_UPDATE => self.window_update(head.stream, read_u32(payload) & 0x7fff_ffff),
+            kind::GOAWAY => self.goes_away(read_u32(payload) & 0x7fff_ffff, now),
+            kind::WINDOW_UPDATE => {
+                self.window_update(head.stream, read_u32(payload) & 0x7fff_ffff, now)
+            }
             _ => Ok(None),
         }
     }
@@ -111,7 +113,7 @@ impl<X: Default> Connection<X> {
         };
         match self.role {
             Role::Server { streams } if stream > self.newest => {
-                self.request(stream, message, end, streams)
+                self.request(stream, message, end, streams, now)
             }
             _ if self.is_idle(stream) => Err(self.fail(
                 Code::PROTOCOL_ERROR,
@@ -127,6 +129,7 @@ impl<X: Default> Connection<X> {
         message: Message,
         end: bool,
         allowed: u32,
+        now: Instant,
     ) -> Result<Option<Event<'static>>, ConnectionError> {
         if stream.is_multiple_of(2) {
             return Err(self.fail(Code::PROTOCOL_ERROR, "a client opened an even stream"));
@@ -135,6 +138,7 @@ impl<X: Default> Connection<X> {
             // Section 6.8: beyond what GOAWAY named, so it is as if it had never come.
             self.newest = stream;
             self.forget(stream);
+            self.count_empty(now)?;
             return Ok(None);
         }
         self.newest = stream;
@@ -142,6 +146,7 @@ impl<X: Default> Connection<X> {
         // resets at once would else have as many served as it likes.
         let allowed = usize::try_from(allowed).unwrap_or(usize::MAX);
         if self.open >= allowed || self.streams.len() >= allowed.saturating_mul(2) {
+            self.count_empty(now)?;
             self.answer(|out| frame::put_reset(out, stream, Code::REFUSED_STREAM))?;
             self.forget(stream);
             return Ok(None);
@@ -209,13 +214,16 @@ impl<X: Default> Connection<X> {
         &mut self,
         stream: u32,
         code: Code,
+        now: Instant,
     ) -> Result<Option<Event<'static>>, ConnectionError> {
-        let Some(state) = self.streams.get_mut(&stream) else {
+        let state = self.streams.get_mut(&stream).filter(|state| {
+            // Else there is nothing left to reset.
+            state.reset.is_none() && !(state.sent_end && state.got_end)
+        });
+        let Some(state) = state else {
+            self.count_empty(now)?;
             return Ok(None);
         };
-        if state.reset.is_some() || (state.sent_end && state.got_end) {
-            return Ok(None);
-        }
         state.reset = Some(code);
         if !state.taken {
             self.untaken_resets += 1;
@@ -327,7 +335,12 @@ impl<X: Default> Connection<X> {
     }
 
     /// Section 6.8: streams above the last one were not looked at.
-    fn goes_away(&mut self, last: u32) -> Option<Event<'static>> {
+    fn goes_away(
+        &mut self,
+        last: u32,
+        now: Instant,
+    ) -> Result<Option<Event<'static>>, ConnectionError> {
+        self.count_empty(now)?;
         self.peer_leaves = true;
         if self.role == Role::Client {
             let beyond: Vec<u32> = self
@@ -343,7 +356,7 @@ impl<X: Default> Connection<X> {
                 self.settle(stream);
             }
         }
-        Some(Event::GoAway)
+        Ok(Some(Event::GoAway))
     }
 
     /// Section 6.9.
@@ -351,7 +364,11 @@ impl<X: Default> Connection<X> {
         &mut self,
         stream: u32,
         increment: u32,
+        now: Instant,
     ) -> Result<Option<Event<'static>>, ConnectionError> {
+        if increment < SMALL_CREDIT_BYTES {
+            self.count_empty(now)?;
+        }
         if stream == 0 {
             self.send_window += i64::from(increment);
             if increment == 0 {
@@ -391,7 +408,8 @@ impl<X: Default> Connection<X> {
         Ok(())
     }
 
-    /// Counts a frame that carries nothing.
+    /// Counts a frame that carries nothing. Honest peers have a reason for most of theirs: a byte or a request of theirs, or
+    /// bytes of ours, forgive them all.
     pub(super) fn count_empty(&mut self, now: Instant) -> Result<(), ConnectionError> {
         let over = |since| now.saturating_duration_since(since) >= Duration::from_secs(1);
         if self.calm.since.is_none_or(over) {

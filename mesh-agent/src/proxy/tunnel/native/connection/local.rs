@@ -123,6 +123,7 @@ impl<X> Connection<X> {
     pub fn sent(&mut self, stream: u32, bytes: usize) {
         let bytes = i64::try_from(bytes).unwrap_or(MAX_WINDOW);
         self.send_window -= bytes;
+        self.calm.frames = 0;
         if let Some(state) = self.streams.get_mut(&stream) {
             state.send_window -= bytes;
         }

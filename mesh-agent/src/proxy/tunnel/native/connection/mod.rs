@@ -16,7 +16,7 @@ use super::{
 };
 use crate::proxy::limits::{
     CLIENT_HEADER_LIST_BYTES, CONNECTION_WINDOW_BYTES, MAX_EMPTY_FRAMES_PER_SECOND,
-    MAX_FRAME_BYTES, MAX_LOCAL_ERROR_RESETS, MAX_LOCAL_RESET_STREAMS, MAX_PENDING_RESET_STREAMS,
+    MAX_FRAME_BYTES, MAX_IGNORED_STREAMS, MAX_LOCAL_ERROR_RESETS, MAX_PENDING_RESET_STREAMS,
     MAX_QUEUED_ANSWER_BYTES, SERVER_HEADER_LIST_BYTES, STREAM_WINDOW_BYTES,
 };
 
@@ -132,7 +132,7 @@ struct Stream<X> {
     user: X,
 }
 
-/// Counts frames that carry nothing; a second of useful traffic or of time forgives all.
+/// Counts frames that carry nothing; useful traffic or a second forgive them all.
 #[derive(Debug)]
 struct Calm {
     since: Option<Instant>,
@@ -327,7 +327,7 @@ impl<X> Connection<X> {
     }
 
     fn forget(&mut self, stream: u32) {
-        if self.forgotten.len() >= MAX_LOCAL_RESET_STREAMS {
+        if self.forgotten.len() >= MAX_IGNORED_STREAMS {
             self.forgotten.pop_front();
         }
         self.forgotten.push_back(stream);

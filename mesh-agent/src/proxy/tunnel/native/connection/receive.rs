@@ -76,7 +76,7 @@ impl<X: Default> Connection<X> {
                     dropped,
                 } => self.read_payload(input, head, wanted, dropped, now)?,
                 Reading::PadLength { stream, left, end } => {
-                    self.read_pad_length(input, stream, left, end)?;
+                    self.read_pad_length(input, stream, left, end, now)?;
                     None
                 }
                 Reading::Data {
@@ -323,6 +323,7 @@ impl<X: Default> Connection<X> {
         stream: u32,
         left: usize,
         end: bool,
+        now: Instant,
     ) -> Result<(), ConnectionError> {
         let Some(length) = cut(input, 1).first() else {
             return Ok(());
@@ -331,6 +332,9 @@ impl<X: Default> Connection<X> {
         let Some(payload) = (left - 1).checked_sub(padding) else {
             return Err(self.fail(Code::PROTOCOL_ERROR, "padding is longer than its frame"));
         };
+        if payload == 0 && !end {
+            self.count_empty(now)?;
+        }
         self.credit_stream(stream, u32::from(*length) + 1);
         self.reading = Reading::Data {
             stream,

@@ -34,10 +34,13 @@ pub enum DecodeError {
     TableSize,
 }
 
+/// A name and a value.
+type Entry = (Box<[u8]>, Box<[u8]>);
+
 /// Decodes the header blocks of one connection, in order.
 #[derive(Debug)]
 pub struct Decoder {
-    entries: VecDeque<(Box<[u8]>, Box<[u8]>)>,
+    entries: VecDeque<Entry>,
     /// Bytes of all entries, with their overhead.
     used: usize,
     /// Chosen by the peer, at most `allowed`.

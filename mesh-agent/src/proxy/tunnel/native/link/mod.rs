@@ -44,13 +44,16 @@ pub enum LinkError {
     Protocol(#[from] ConnectionError),
 }
 
+/// Status and headers of an answer.
+pub type Answer = (StatusCode, HeaderMap);
+
 /// A stream's user: its two halves, or the request that waits for an answer.
 #[derive(Default)]
 pub struct Ends {
     handles: u8,
     sender: Option<Waker>,
     receiver: Option<Waker>,
-    answer: Option<Box<(StatusCode, HeaderMap)>>,
+    answer: Option<Box<Answer>>,
     /// Received and not yet handed over; bounded by the stream's window.
     queue: VecDeque<Vec<u8>>,
     sink: Option<Rc<dyn DirectSink>>,

@@ -14,7 +14,7 @@ use super::{
         super::{ConnectRequest, DirectSink, StreamError},
         frame::Code,
     },
-    Core, Ends, register, wake,
+    Answer, Core, Ends, register, wake,
 };
 use crate::proxy::{buffers::Size, limits::SMALL_SEND_BYTES};
 
@@ -98,24 +98,21 @@ impl Core {
         Some(stream)
     }
 
-    /// The answer to a request, or why there will be none.
+    /// The answer to a request, or the code with which it was reset; `None`: the tunnel is gone.
     pub fn poll_answer(
         &mut self,
         cx: &mut Context<'_>,
         stream: u32,
-    ) -> Poll<Result<(StatusCode, HeaderMap), (StreamError, Option<Code>)>> {
+    ) -> Poll<Result<Answer, Option<Code>>> {
         let code = self.http.reset_code(stream);
         let Some(ends) = self.http.user(stream) else {
-            return Poll::Ready(Err((StreamError::Lost, None)));
+            return Poll::Ready(Err(None));
         };
         if let Some(answer) = ends.answer.take() {
             return Poll::Ready(Ok(*answer));
         }
-        if code.is_some() {
-            return Poll::Ready(Err((StreamError::Reset, code)));
-        }
-        if self.ended {
-            return Poll::Ready(Err((StreamError::Lost, None)));
+        if code.is_some() || self.ended {
+            return Poll::Ready(Err(code));
         }
         register(&mut ends.receiver, cx);
         Poll::Pending

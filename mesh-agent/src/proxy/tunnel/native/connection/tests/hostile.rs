@@ -405,6 +405,10 @@ fn frames_that_carry_nothing_have_a_limit_per_second() {
         ping(),
         settings(&[]),
         data(1, &[], 0),
+        data(1, &[3, 0, 0, 0], flag::PADDED),
+        one(kind::GOAWAY, 0, 0, &[0; 8]),
+        window(0, 1),
+        window(1, 1),
         one(kind::PRIORITY, 0, 1, &[0; 5]),
         one(0xbe, 0, 1, b"x"),
     ];
@@ -421,6 +425,43 @@ fn frames_that_carry_nothing_have_a_limit_per_second() {
             .feed(&[data(1, b"useful", 0), frame.clone()].concat())
             .expect("after a byte");
         bench.ends(&frame, Code::ENHANCE_YOUR_CALM);
+    }
+}
+
+#[test]
+fn resets_of_nothing_have_a_limit_per_second() {
+    let mut bench = Bench::serving();
+    for _ in 0..=MAX_EMPTY_FRAMES_PER_SECOND {
+        bench
+            .feed(&reset(1))
+            .expect("one reset and many of nothing");
+    }
+    bench.ends(&reset(1), Code::ENHANCE_YOUR_CALM);
+}
+
+#[test]
+fn refused_streams_have_a_limit_per_second() {
+    let mut bench = Bench::new(Role::Server { streams: 1 });
+    bench.feed(&greeting(&[])).expect("a greeting");
+    bench.feed(&connect(1)).expect("a request");
+    let mut stream = 3;
+    for _ in 0..MAX_EMPTY_FRAMES_PER_SECOND {
+        bench.feed(&connect(stream)).expect("refused");
+        bench.connection.control().clear();
+        stream += 2;
+    }
+    bench.ends(&connect(stream), Code::ENHANCE_YOUR_CALM);
+}
+
+/// A peer that gives credit byte by byte has a reason as long as bytes go its way.
+#[test]
+fn tiny_credit_is_forgiven_while_we_send() {
+    let mut bench = Bench::serving();
+    for _ in 0..3 * MAX_EMPTY_FRAMES_PER_SECOND {
+        bench.connection.sent(1, 1);
+        bench
+            .feed(&window(1, 1))
+            .expect("for the byte that was sent");
     }
 }
 

@@ -137,10 +137,11 @@ impl<M: Meter> Directions for TunnelDirections<'_, M> {
                 }
             }
             self.stalled = true;
-            let near = &self.near.socket;
-            let got = self
-                .send
-                .poll_read_from(cx, self.size, |into| read_vectored(near, into));
+            let (near, mut room) = (&self.near.socket, 0);
+            let got = self.send.poll_read_from(cx, self.size, |into| {
+                room = into.iter().map(|piece| piece.len()).sum();
+                read_vectored(near, into)
+            });
             let Ok(got) = ready!(got) else {
                 return Poll::Ready(Err(Fault::Far));
             };
@@ -150,7 +151,7 @@ impl<M: Meter> Directions for TunnelDirections<'_, M> {
                 Ok(0) if self.near_gone => return Poll::Ready(Err(Fault::Near)),
                 Ok(0) => return Poll::Ready(self.send.finish().map_err(|_| Fault::Far)),
                 Ok(count) => {
-                    self.size = self.size.after_read(count, Size::Large);
+                    self.size = self.size.after_read(count, room, Size::Large);
                     self.near.meter.near_to_far(count);
                     self.near.moved.set(self.near.moved.get().wrapping_add(1));
                 }

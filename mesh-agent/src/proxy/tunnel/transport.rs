@@ -160,7 +160,9 @@ impl<S: AsyncRead + Unpin> AsyncBufRead for ReadAhead<S> {
                 return Poll::Ready(Ok(&[]));
             }
             buffer.set_filled(filled);
-            this.size = this.size.after_read(filled, Size::Medium);
+            this.size = this
+                .size
+                .after_read(filled, this.size.bytes(), Size::Medium);
             this.start = 0;
             this.buffer = Some(buffer);
         }

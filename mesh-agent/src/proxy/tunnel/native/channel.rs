@@ -121,7 +121,7 @@ impl Channel {
         if let Some(front) = memory.get_mut(..held) {
             front.copy_from_slice(&self.held);
         }
-        self.size = match size.after_read(held + count, Size::Large) {
+        self.size = match size.after_read(held + count, size.bytes(), Size::Large) {
             Size::Small => Size::Medium,
             other => other,
         };

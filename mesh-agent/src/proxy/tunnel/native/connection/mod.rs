@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    hash::{BuildHasherDefault, Hasher},
     time::Instant,
 };
 
@@ -132,6 +133,28 @@ struct Stream<X> {
     user: X,
 }
 
+/// Spreads stream numbers over the buckets of a table. Nothing more is needed: a peer who chose numbers that collide would
+/// make us look through as many streams as it may have, a few hundred.
+#[derive(Debug, Default)]
+struct StreamHasher(u64);
+
+impl Hasher for StreamHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32((*byte).into());
+        }
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        // Fibonacci hashing: 2^64 divided by the golden ratio. Client's streams are odd and follow one another.
+        self.0 = (self.0 ^ u64::from(number)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 /// Counts frames that carry nothing; useful traffic or a second forgive them all.
 #[derive(Debug)]
 struct Calm {
@@ -148,7 +171,7 @@ pub struct Connection<X> {
     partial: Vec<u8>,
     block: Option<Block>,
     decoder: Decoder,
-    streams: HashMap<u32, Stream<X>>,
+    streams: HashMap<u32, Stream<X>, BuildHasherDefault<StreamHasher>>,
     /// Streams that are neither closed nor reset.
     open: usize,
     newest: u32,
@@ -196,7 +219,7 @@ impl<X> Connection<X> {
             partial: Vec::new(),
             block: None,
             decoder: Decoder::default(),
-            streams: HashMap::new(),
+            streams: HashMap::default(),
             open: 0,
             newest: 0,
             peer: Peer {

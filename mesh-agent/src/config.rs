@@ -132,12 +132,17 @@ pub struct ProxyConfig {
     pub workers: usize,
     /// Seconds that established connections get to end by themselves after SIGTERM.
     pub drain_deadline_seconds: u64,
+    /// Seconds that the established connections of the agent before get to end by themselves when this one takes over
+    /// from it.
+    pub upgrade_drain_seconds: u64,
     /// Lifetime to ask certificates for, in seconds.
     pub certificate_lifetime_seconds: u64,
 }
 
 /// Most workers: more than any machine has cores that this proxy could feed.
 const WORKERS_MAX: usize = 256;
+/// Longest drain after an upgrade, one week: a process that is replaced must end some day.
+pub const UPGRADE_DRAIN_MAX_SECONDS: u64 = 7 * 24 * 60 * 60;
 /// Shortest certificate lifetime: below it the clocks of two nodes matter more than the lifetime.
 const CERTIFICATE_LIFETIME_MIN_SECONDS: u64 = 10;
 
@@ -146,6 +151,8 @@ impl Default for ProxyConfig {
         Self {
             workers: 0,
             drain_deadline_seconds: 5,
+            // An hour: long downloads and the like end by themselves. The process that waits costs its memory only.
+            upgrade_drain_seconds: 60 * 60,
             certificate_lifetime_seconds: 24 * 60 * 60,
         }
     }
@@ -249,6 +256,12 @@ impl AgentConfig {
         }
         if self.proxy.workers > WORKERS_MAX {
             return invalid("proxy.workers", format!("at most {WORKERS_MAX}"));
+        }
+        if self.proxy.upgrade_drain_seconds > UPGRADE_DRAIN_MAX_SECONDS {
+            return invalid(
+                "proxy.upgradeDrainSeconds",
+                format!("at most {UPGRADE_DRAIN_MAX_SECONDS}"),
+            );
         }
         if self.proxy.certificate_lifetime_seconds < CERTIFICATE_LIFETIME_MIN_SECONDS {
             return invalid(
@@ -383,7 +396,7 @@ mod tests {
     #[test]
     fn names_the_setting_that_cannot_work() {
         type Spoil = fn(&mut AgentConfig);
-        let cases: [(&str, Spoil); 9] = [
+        let cases: [(&str, Spoil); 10] = [
             ("node.name", |c| c.node.name.clear()),
             ("node.name", |c| c.node.name = "../n".into()),
             ("node.trustDomain", |c| c.node.trust_domain = "a b".into()),
@@ -392,6 +405,9 @@ mod tests {
                 c.listen.admin = ([0, 0, 0, 0], 1).into()
             }),
             ("proxy.workers", |c| c.proxy.workers = WORKERS_MAX + 1),
+            ("proxy.upgradeDrainSeconds", |c| {
+                c.proxy.upgrade_drain_seconds = UPGRADE_DRAIN_MAX_SECONDS + 1
+            }),
             ("controlPlane.address", |c| {
                 c.control_plane.standalone = None
             }),

@@ -44,6 +44,7 @@ impl Scratch {
             cgroup_root: root,
             bpffs_root: bpffs,
             node: format!("test-{name}"),
+            abi: mesh_ebpf::ABI_VERSION,
         })
     }
 }
@@ -75,6 +76,106 @@ fn programs_load_and_a_second_agent_adopts_them() {
     let (_second, found) =
         Kernel::start(scratch.0.clone()).expect("pinned maps and links are taken over");
     assert_eq!(found, Found::Previous);
+}
+
+/// Inodes of the pinned links of this ABI: links are the same exactly if these are.
+fn links(config: &KernelConfig) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(config.pin_dir())
+        .expect("a folder of pins")
+        .map(|entry| entry.expect("listed").file_name())
+        .filter_map(|name| name.into_string().ok())
+        .filter(|name| name.starts_with("link-"))
+        .collect();
+    names.sort();
+    let link = |name: &String| {
+        let path = config.pin_dir().join(name);
+        let shown = std::process::Command::new("bpftool")
+            .args(["-j", "link", "show", "pinned"])
+            .arg(&path)
+            .output()
+            .expect("bpftool runs");
+        let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).expect("JSON");
+        format!("{name}: {} {}", shown["id"], shown["prog_id"])
+    };
+    names.iter().map(link).collect()
+}
+
+/// The same without the programs, which change.
+fn places(links: &[String]) -> Vec<&str> {
+    links
+        .iter()
+        .filter_map(|link| link.rsplit_once(' '))
+        .map(|(place, _)| place)
+        .collect()
+}
+
+#[test]
+fn another_abi_is_built_beside_and_takes_the_same_links() {
+    let scratch = Scratch::new("abi");
+    let (running, _) = Kernel::start(scratch.0.clone()).expect("the running agent");
+    let before = links(&scratch.0);
+    let mut other = scratch.0.clone();
+    other.abi += 1;
+    let lock = || running.share_lock().expect("the running agent's lock");
+
+    let beside = Kernel::beside(other.clone(), lock()).expect("loaded beside");
+    assert!(beside.follows_another_abi());
+    assert_eq!(links(&scratch.0), before, "nothing is swapped yet");
+    beside.attach_node().expect("swapped in");
+    let swapped = links(&other);
+    assert_eq!(places(&swapped), places(&before), "the same links");
+    assert_ne!(swapped, before, "with other programs");
+
+    // It gives up: the running agent puts its programs back.
+    drop(beside);
+    running.attach_node().expect("put back");
+    running.remove_other_versions();
+    assert_eq!(links(&scratch.0), before);
+    assert!(!other.pin_dir().exists());
+
+    // It takes over.
+    let beside = Kernel::beside(other.clone(), lock()).expect("loaded beside");
+    beside.attach_node().expect("swapped in");
+    beside.remove_other_versions();
+    drop(running);
+    assert_eq!(places(&links(&other)), places(&before), "the same links");
+    assert!(!scratch.0.pin_dir().exists());
+    assert!(!beside.follows_another_abi());
+}
+
+#[test]
+fn a_rejected_program_is_named_and_leaves_the_running_ones() {
+    let scratch = Scratch::new("rejected");
+    let (running, _) = Kernel::start(scratch.0.clone()).expect("the running agent");
+    let before = links(&scratch.0);
+    let lock = || running.share_lock().expect("the running agent's lock");
+    let object = mesh_agent::capture::kernel::OBJECT;
+    let rejected = mesh_tests::successor::reject_program(object.to_vec(), "cgroup/connect6");
+    let rejected = rejected.expect("the object has that program");
+    let mut other = scratch.0.clone();
+    other.abi += 1;
+    for config in [&scratch.0, &other] {
+        let error = Kernel::beside_with(config.clone(), lock(), &rejected);
+        let error = error.expect_err("no verifier takes it").to_string();
+        assert!(
+            error.contains("weft_connect6") && error.contains("R9 !read_ok"),
+            "{error}"
+        );
+        assert_eq!(links(&scratch.0), before);
+    }
+    assert!(!other.pin_dir().exists());
+    Kernel::beside_with(scratch.0.clone(), lock(), object).expect("unchanged they load");
+}
+
+#[test]
+fn a_second_agent_of_a_node_is_refused_until_the_lock_is_given_up() {
+    let scratch = Scratch::new("lock");
+    let (running, _) = Kernel::start(scratch.0.clone()).expect("the running agent");
+    let error = Kernel::start(scratch.0.clone()).expect_err("it runs");
+    assert!(error.to_string().contains("another agent"), "{error}");
+    // It only drains from here on, in the same cgroup.
+    running.give_up_lock();
+    Kernel::start(scratch.0.clone()).expect("the place is free");
 }
 
 #[test]

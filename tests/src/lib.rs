@@ -28,5 +28,6 @@ pub mod programs;
 pub mod seqecho;
 pub mod skip;
 pub mod sockets;
+pub mod successor;
 pub mod wait;
 pub mod world;

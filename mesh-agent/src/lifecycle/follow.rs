@@ -1,6 +1,6 @@
 //! Following the mesh: every change reaches the kernel, the local workloads and the certificates.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_api::identity::Identity;
 use tokio::time::timeout;
@@ -22,6 +22,9 @@ impl Agent {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
+            if !self.is_active() {
+                continue;
+            }
             for one in self.capture.enrolled() {
                 self.keep_one_captured(&one).await;
             }
@@ -30,6 +33,10 @@ impl Agent {
 
     async fn keep_one_captured(&self, one: &Enrolled) {
         let _one_at_a_time = self.enrolling.lock().await;
+        // Another agent may have taken over meanwhile, and it is its programs that belong there.
+        if !self.is_active() {
+            return;
+        }
         let (namespace, name) = (&one.local.namespace, &one.local.name);
         let still = self.capture.find(namespace, name);
         if still.is_none_or(|still| still.local.cookie() != one.local.cookie()) {
@@ -71,7 +78,8 @@ impl Agent {
         }
     }
 
-    /// Brings everything in line with the mesh. The kernel's verdicts of older generations are void from here on.
+    /// Brings everything in line with the mesh. The kernel's verdicts of older generations are void from here on. While
+    /// another agent captures, the kernel is left alone.
     pub(super) fn mesh_changed(&self) {
         let generation = *self.mesh.generation().borrow();
         let enrolled = self.capture.enrolled();
@@ -87,7 +95,20 @@ impl Agent {
             }
             state.dead_destinations()
         };
-        for one in &enrolled {
+        if self.is_active() {
+            self.bring_kernel_in_line(&enrolled, generation, &dead);
+        }
+        self.telemetry
+            .agent
+            .workloads
+            .set(i64::try_from(enrolled.len()).unwrap_or(i64::MAX));
+        let identities: Vec<Identity> = identities.into_iter().collect();
+        self.certificates.retain(&identities);
+        self.end_forbidden_flows();
+    }
+
+    fn bring_kernel_in_line(&self, enrolled: &[Enrolled], generation: u64, dead: &[SocketAddr]) {
+        for one in enrolled {
             let settings = one
                 .local
                 .workload
@@ -104,16 +125,9 @@ impl Agent {
                 tracing::error!(%workload, %error, "cannot apply capture settings");
             }
         }
-        if let Err(error) = self.capture.mesh_changed(generation, &dead) {
+        if let Err(error) = self.capture.mesh_changed(generation, dead) {
             tracing::error!(%error, "cannot void the kernel's verdicts; they end by their time");
         }
-        self.telemetry
-            .agent
-            .workloads
-            .set(i64::try_from(enrolled.len()).unwrap_or(i64::MAX));
-        let identities: Vec<Identity> = identities.into_iter().collect();
-        self.certificates.retain(&identities);
-        self.end_forbidden_flows();
     }
 
     /// Settings of a local workload as discovery has them, or the defaults (fail closed).

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use mesh_api::local::{Request, Response, Status, WorkloadStatus};
 use serde_json::{Value, json};
 
-use super::{agent::Agent, harden, records::DAMAGED_NAME};
+use super::{agent::Agent, handover::draining, harden, records::DAMAGED_NAME};
 use crate::{
     admin::{AdminState, LocalHandler},
     capture::Enrolled,
@@ -41,6 +41,16 @@ impl LocalHandler for Agent {
             Request::Dump => Response::Dump { state: self.dump() },
             Request::Top => Response::Top {
                 edges: self.telemetry.edges(),
+            },
+            Request::Upgrade {
+                binary,
+                drain_deadline_seconds,
+            } => match self
+                .upgrade(binary.as_deref(), drain_deadline_seconds)
+                .await
+            {
+                Ok(message) => Response::Done { message },
+                Err(message) => Response::Error { message },
             },
         }
     }
@@ -117,6 +127,11 @@ impl Agent {
         let discovery = self.discovery.borrow().clone();
         self.observe_discovery(&discovery);
         let _ = self.pending();
+        let draining = draining::list(&self.config.node.run_dir);
+        let connections = draining.iter().map(|one| one.connections).sum();
+        self.telemetry
+            .agent
+            .set_draining(draining.len(), connections);
         self.telemetry.render()
     }
 
@@ -171,6 +186,7 @@ impl Agent {
             workloads,
             pending: self.pending(),
             confinement: harden::observed(),
+            draining: draining::list(&self.config.node.run_dir),
         }
     }
 

@@ -26,6 +26,9 @@ impl Agent {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
+            if !self.is_active() {
+                continue;
+            }
             let mut now = HashMap::new();
             for edge in self.capture.same_node_edges() {
                 let earlier = before.get(&edge.key).copied().unwrap_or_default();
@@ -84,6 +87,9 @@ impl Agent {
 
     /// Ends same-node flows that the mesh, as it is now, would not allow.
     pub(super) fn end_forbidden_flows(&self) {
+        if !self.is_active() {
+            return;
+        }
         for flow in self.capture.same_node_flows() {
             if self.may_go_on(&flow) {
                 continue;

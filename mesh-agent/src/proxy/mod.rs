@@ -19,6 +19,7 @@ mod accept;
 pub mod balance;
 pub mod buffers;
 pub mod connect;
+pub mod handover;
 pub mod inbound;
 pub mod limits;
 pub mod outbound;

@@ -30,12 +30,13 @@ use super::{
     ProxyContext,
     accept::{self, Accepted, Kind},
     balance::{BalanceLimits, Balancer},
-    connect::Dialer,
+    connect::{Dialer, Source},
+    handover::{HeldTunnel, Lent, Shown},
     limits::{
         FAILURE_LINES, HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
         RESTART_PAUSE, SWEEP_INTERVAL,
     },
-    pool::Pool,
+    pool::{Pool, PoolKey},
     registry::Registry,
 };
 use crate::{
@@ -56,6 +57,15 @@ pub enum WorkerError {
     /// A worker has ended or is hopelessly behind with its orders.
     #[error("worker {0} takes no orders")]
     NoOrders(usize),
+    /// A worker is hopelessly busy.
+    #[error("a worker did not answer within {0:?}")]
+    Silent(Duration),
+    /// A listener cannot be copied. Look at the limit of descriptors.
+    #[error("cannot copy a listener: {0}")]
+    Lend(#[source] std::io::Error),
+    /// A listener could not be watched when its workload was enrolled; the log of that time says why.
+    #[error("a workload has no {0:?} listener")]
+    NoListener(Kind),
 }
 
 /// All workers. Cheap to clone; the threads end when the last clone is dropped.
@@ -91,7 +101,7 @@ struct Mailbox {
 }
 
 #[derive(Debug)]
-enum Order {
+pub(super) enum Order {
     Listen {
         listener: TcpListener,
         kind: Kind,
@@ -100,6 +110,16 @@ enum Order {
     Close {
         served: Option<u64>,
         reason: CloseReason,
+    },
+    /// Give copies of all listeners.
+    Lend(mpsc::UnboundedSender<Result<Lent, WorkerError>>),
+    /// Tell which tunnels are open.
+    Tunnels(mpsc::UnboundedSender<HeldTunnel>),
+    /// Have a tunnel open.
+    Warm {
+        key: Box<PoolKey>,
+        source: Box<Source>,
+        done: mpsc::UnboundedSender<bool>,
     },
     Exit,
 }
@@ -216,7 +236,7 @@ impl Workers {
     pub async fn drain(&self, deadline: Duration) -> usize {
         self.inner.stop.cancel();
         self.inner.shared.wait_empty(deadline).await;
-        let left = self.inner.shared.total.load(Ordering::Acquire);
+        let left = self.live();
         if left > 0 {
             self.inner.shared.close(None, CloseReason::Drained);
             self.inner.shared.wait_empty(FORCED_CLOSE_WAIT).await;
@@ -239,6 +259,21 @@ impl Workers {
                 tracing::error!("a worker thread had panicked");
             }
         }
+    }
+
+    /// How many there are; at least one.
+    pub(super) fn count(&self) -> usize {
+        self.inner.shared.mailboxes.len()
+    }
+
+    pub(super) fn order(&self, index: usize, order: Order) -> Result<(), WorkerError> {
+        self.inner.shared.order(index, order)
+    }
+
+    /// Connections and tunnels that were accepted and have not ended.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        self.inner.shared.total.load(Ordering::Acquire)
     }
 
     /// Connections and streams on each worker now.
@@ -279,6 +314,12 @@ impl ServeHandle {
     /// Stops accepting and closes the listeners; tunnels take no more streams; what is open goes on.
     pub fn stop(&self) {
         self.served.stop.cancel();
+    }
+
+    /// Names the workload among those that are served.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.served.id
     }
 
     /// Connections open now, tunnels included.
@@ -465,6 +506,7 @@ pub(super) struct Worker {
     pub shared: Arc<Shared>,
     pub pool: Rc<Pool<Dialer>>,
     pub registry: Rc<Registry>,
+    pub listeners: Shown,
     pub balancer: RefCell<Balancer>,
     pub handshakes: SourceCounts,
     pub tunnels: SourceCounts,
@@ -497,6 +539,7 @@ async fn run(
         index,
         pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
         registry: Rc::new(Registry::default()),
+        listeners: Shown::default(),
         balancer: RefCell::new(Balancer::new(rand::random(), BalanceLimits::default())),
         handshakes: SourceCounts::default(),
         tunnels: SourceCounts::default(),
@@ -519,9 +562,12 @@ async fn run(
             Some(accepted) = sockets.recv() => accept::adopt(&worker, accepted),
             order = orders.recv() => match order {
                 Some(Order::Listen { listener, kind, served }) => {
-                    worker.spawn(accept::listen(worker.clone(), listener, kind, served));
+                    accept::listen(&worker, listener, kind, served);
                 }
                 Some(Order::Close { served, reason }) => worker.registry.close(served, reason),
+                Some(Order::Lend(answers)) => worker.lend(&answers),
+                Some(Order::Tunnels(answers)) => worker.tell_tunnels(&answers),
+                Some(Order::Warm { key, source, done }) => worker.warm(key, source, done),
                 Some(Order::Exit) | None => return,
             },
         }

@@ -68,6 +68,12 @@ pub struct KernelPaths {
     pub cgroup_root: PathBuf,
     /// A bpffs.
     pub bpffs_root: PathBuf,
+    /// Flows within the node that the kernel carries at a time, and connections of the node; what the kernel cannot
+    /// record goes by tunnel, and at that limit is refused. The maps of an agent that ran before keep their size.
+    pub flows_max: u32,
+    /// Version of the layout of kernel objects; no setting, but tests of upgrades have another one.
+    #[serde(skip)]
+    pub abi: u32,
 }
 
 impl Default for KernelPaths {
@@ -82,6 +88,8 @@ impl Default for KernelPaths {
         Self {
             cgroup_root: cgroup_root.into(),
             bpffs_root: "/sys/fs/bpf".into(),
+            flows_max: mesh_ebpf::FLOWS_MAX,
+            abi: mesh_ebpf::ABI_VERSION,
         }
     }
 }
@@ -139,6 +147,8 @@ pub struct ProxyConfig {
     pub certificate_lifetime_seconds: u64,
 }
 
+/// Fewest and most flows; an entry takes some 100 bytes of kernel memory.
+const FLOWS_RANGE: std::ops::RangeInclusive<u32> = 64..=1 << 20;
 /// Most workers: more than any machine has cores that this proxy could feed.
 const WORKERS_MAX: usize = 256;
 /// Longest drain after an upgrade, one week: a process that is replaced must end some day.
@@ -253,6 +263,10 @@ impl AgentConfig {
                     self.listen.admin
                 ),
             );
+        }
+        if !FLOWS_RANGE.contains(&self.kernel.flows_max) {
+            let (least, most) = (FLOWS_RANGE.start(), FLOWS_RANGE.end());
+            return invalid("kernel.flowsMax", format!("{least} to {most}"));
         }
         if self.proxy.workers > WORKERS_MAX {
             return invalid("proxy.workers", format!("at most {WORKERS_MAX}"));

@@ -73,6 +73,9 @@ struct RunArgs {
     /// Seconds that the open connections of the agent before get to end by themselves.
     #[arg(long, value_name = "SECONDS")]
     upgrade_drain: Option<u64>,
+    /// For tests: pretend that kernel objects have this layout, as a later version of the agent would.
+    #[arg(long, hide = true, value_name = "VERSION")]
+    kernel_abi: Option<u32>,
     /// `https://HOST:PORT` of the control plane.
     #[arg(long, env = "WEFT_CONTROL_PLANE")]
     control_plane: Option<String>,
@@ -221,6 +224,7 @@ fn run_config(args: RunArgs) -> anyhow::Result<AgentConfig> {
     override_with(&mut config.node.trust_domain, args.trust_domain);
     override_with(&mut config.proxy.workers, args.workers);
     override_with(&mut config.proxy.upgrade_drain_seconds, args.upgrade_drain);
+    override_with(&mut config.kernel.abi, args.kernel_abi);
     override_with(&mut config.listen.metrics, args.metrics_addr);
     override_with(&mut config.listen.readiness, args.readiness_addr);
     override_with(&mut config.listen.admin, args.admin_addr);

@@ -64,6 +64,7 @@ fn start(node: &Node) -> Result<Capture> {
         bpffs_root: node.bpffs_root.clone(),
         node: node.name.clone(),
         abi: mesh_ebpf::ABI_VERSION,
+        flows_max: mesh_ebpf::FLOWS_MAX,
     };
     Ok(Capture::new(Kernel::start(config)?.0)?)
 }

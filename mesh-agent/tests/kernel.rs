@@ -11,11 +11,14 @@ use aya::maps::{HashMap, Map, MapData};
 use mesh_agent::capture::kernel::{
     Found, Kernel, KernelConfig, remove_agent_cgroup, remove_node_pins,
 };
-use mesh_ebpf::{FLOW_SYN_WINDOW_NS, Flow, FlowKey};
+use mesh_ebpf::{AGENT_FLOWS_PER_FLOW, FLOW_SYN_WINDOW_NS, Flow, FlowKey};
 use nix::{
     mount::{MsFlags, mount, umount},
     time::{ClockId, clock_gettime},
 };
+
+/// Flows that fit.
+const FLOWS_MAX: u32 = 1024;
 
 /// Kernel objects in a cgroup and on a bpffs of their own; gone at the end, also of a failed test.
 struct Scratch(KernelConfig);
@@ -45,6 +48,7 @@ impl Scratch {
             bpffs_root: bpffs,
             node: format!("test-{name}"),
             abi: mesh_ebpf::ABI_VERSION,
+            flows_max: FLOWS_MAX,
         })
     }
 }
@@ -165,6 +169,40 @@ fn a_rejected_program_is_named_and_leaves_the_running_ones() {
     }
     assert!(!other.pin_dir().exists());
     Kernel::beside_with(scratch.0.clone(), lock(), object).expect("unchanged they load");
+}
+
+/// Pins tell nothing: a link may have been detached, and may have got the program of somebody else.
+#[test]
+fn what_is_attached_is_asked_of_the_kernel() {
+    let scratch = Scratch::new("attached");
+    let (running, _) = Kernel::start(scratch.0.clone()).expect("the running agent");
+    let before = links(&scratch.0);
+    assert!(!running.attach_node().expect("nothing to do"));
+    let pin = scratch.0.pin_dir().join("link-connect4");
+    let detached = std::process::Command::new("bpftool")
+        .args(["link", "detach", "pinned"])
+        .arg(&pin)
+        .status();
+    assert!(detached.expect("bpftool runs").success());
+    assert!(pin.exists());
+    assert!(running.attach_node().expect("put back"));
+    assert!(!running.attach_node().expect("nothing to do"));
+
+    let lock = running.share_lock().expect("the running agent's lock");
+    let other = Kernel::beside(scratch.0.clone(), lock).expect("loaded beside");
+    other.attach_node().expect("swapped in");
+    assert!(running.attach_node().expect("swapped back"));
+    drop(other);
+
+    fs::remove_file(&pin).expect("a pin");
+    fs::hard_link(scratch.0.pin_dir().join("link-connect6"), &pin)
+        .expect("a link of the same place, and of another hook");
+    assert!(running.attach_node().expect("put back"));
+    let programs = |links: &[String]| -> Vec<String> {
+        let program = |link: &String| link.rsplit_once(' ').map(|(_, program)| program.to_owned());
+        links.iter().filter_map(program).collect()
+    };
+    assert_eq!(programs(&links(&scratch.0)), programs(&before));
 }
 
 #[test]
@@ -342,6 +380,42 @@ fn sk_lookup_decides_by_address_and_fails_closed_or_open() {
         SK_PASS,
         "fail open"
     );
+}
+
+/// Flows are never forgotten to make room, nor by another agent that takes the maps over.
+#[test]
+fn a_full_map_of_flows_refuses_others_and_outlives_restarts() {
+    let scratch = Scratch::new("full");
+    let (kernel, _) = Kernel::start(scratch.0.clone()).expect("programs load");
+    let maps = [("FLOWS", 1), ("AGENT_FLOWS", AGENT_FLOWS_PER_FLOW)];
+    let open = |map: &str| -> HashMap<MapData, FlowKey, Flow> {
+        let pinned = MapData::from_pin(scratch.0.pin_dir().join(map)).expect("the pinned map");
+        Map::HashMap(pinned).try_into().expect("a hash map")
+    };
+    let key = |number: u32| FlowKey {
+        source_port: number,
+        ..Packet::tcp(STRANGER, WORKLOAD).flow()
+    };
+    let flow = Flow {
+        started_ns: 1,
+        source_cookie: 7,
+        destination_cookie: 42,
+    };
+    for (map, factor) in maps {
+        let mut flows = open(map);
+        for number in 0..FLOWS_MAX * factor {
+            flows.insert(key(number), flow, 0).expect("fits");
+        }
+        let refused = flows.insert(key(u32::MAX), flow, 0);
+        assert!(refused.is_err(), "{map}: one more than fits");
+    }
+    drop(kernel);
+    let (_kernel, found) = Kernel::start(scratch.0.clone()).expect("taken over");
+    assert_eq!(found, Found::Previous);
+    for (map, factor) in maps {
+        let flows = open(map);
+        assert_eq!(flows.keys().count(), (FLOWS_MAX * factor) as usize, "{map}");
+    }
 }
 
 /// A recorded flow lets its SYN through, to its workload only and for as long as a SYN may take.

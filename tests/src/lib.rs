@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bpf;
 pub mod capture;
 pub mod cgroup;
 pub mod cleanup;

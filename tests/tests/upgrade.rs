@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
+    bpf::Pins,
     conversation::{LIMIT, Server, client_with, report, require_service, talk},
     inventory::{self, Inventory},
     lab::{Families, Lab, LabSpec, Node, PodSpec},
@@ -30,6 +31,8 @@ const UPGRADES: usize = 20;
 const RATE: u64 = 200;
 /// Connections that last over all of them.
 const LONG: usize = 120;
+/// Changes of layout and back.
+const LAYOUT_CYCLES: usize = 5;
 /// Connections that wait in a queue that nobody reads.
 const QUEUED: usize = 300;
 /// Descriptors that an agent may have more, for tunnels that come and go: fewer than it took over.
@@ -187,6 +190,43 @@ fn twenty_upgrades_under_load_lose_nothing() -> Result<()> {
         Ok((descriptors(&mut scene, "n1")? <= few).then_some(()))
     })?;
     scene.inventory()?.require_same_as(&before)?;
+    scene.require_service()
+}
+
+/// Up and down between two layouts of the kernel objects, ten times.
+#[test]
+fn agents_of_two_layouts_of_the_maps_replace_each_other() -> Result<()> {
+    let mut scene = Scene::start(Families::V4)?;
+    let own = Pins::of(scene.node("n1")?)?.version()?;
+    let links = inventory::links(&scene.lab, scene.node("n1")?)?;
+    let long = scene.long(LONG, "--seconds 40 --interval-ms 100")?;
+    let near = client_with(
+        scene.near.address,
+        &format!("--connections 80 --seconds 40 --interval-ms 100 {STALL}"),
+    )?;
+    let near = scene.lab.spawn(scene.lab.pod("web")?, &near)?;
+    let load = scene.client("--rate 50 --seconds 35 --records 2")?;
+    let mut replaced_agents = Vec::new();
+    for cycle in 0..2 * LAYOUT_CYCLES {
+        let layout = [own + 1, own][cycle % 2];
+        let replaced = scene.take_over("n1", &["--kernel-abi", &layout.to_string()])?;
+        ensure!(
+            Pins::of(scene.node("n1")?)?.version()? == layout,
+            "objects of one layout only"
+        );
+        scene.require_one_program_per_hook()?;
+        ensure!(
+            inventory::links(&scene.lab, scene.node("n1")?)? == links,
+            "the same links"
+        );
+        replaced_agents.push(replaced);
+    }
+    nothing_lost("new connections", &report(load)?)?;
+    nothing_lost("established connections", &report(long)?)?;
+    nothing_lost("connections within the node", &report(near)?)?;
+    for agent in replaced_agents {
+        ended_after_draining(agent, 0)?;
+    }
     scene.require_service()
 }
 

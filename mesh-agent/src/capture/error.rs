@@ -120,8 +120,8 @@ pub enum CaptureError {
     /// The workload is enrolled already, under that name or that namespace.
     #[error("{0} is enrolled already")]
     AlreadyEnrolled(String),
-    /// The kernel lost a listener of a workload, or the agent did; only a new enrolment makes others.
-    #[error("the kernel does not know all listeners of {0}; un-enrol it and enrol it again")]
+    /// The agent serves no listener of the workload; only a new enrolment makes others.
+    #[error("there are no listeners of {0}; un-enrol it and enrol it again")]
     NoListener(String),
     /// No such workload.
     #[error("{0} is not enrolled on this node")]

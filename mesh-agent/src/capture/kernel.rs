@@ -22,17 +22,15 @@ use aya::{
     programs::{CgroupSockAddr, SkLookup, SockOps},
 };
 use mesh_ebpf::{
-    Address, Destination, EdgeCounters, EdgeKey, Flow, FlowKey, Globals, ListenerKey, Verdict,
-    Workload,
+    AGENT_FLOWS_PER_FLOW, Address, Destination, EdgeCounters, EdgeKey, Flow, FlowKey, Globals,
+    ListenerKey, Verdict, Workload,
 };
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsType, statfs};
 
 use super::error::CaptureError;
-use crate::sys::{
-    bpf::{self, AttachType},
-    netns::{Netns, NetnsCookie},
-};
+use crate::sys::bpf;
 
+mod links;
 mod maps;
 
 /// The programs, as the build script made them.
@@ -49,6 +47,8 @@ pub struct KernelConfig {
     pub node: String,
     /// Names the folder of the pins: [`mesh_ebpf::ABI_VERSION`], but for tests of what happens when that changes.
     pub abi: u32,
+    /// Same-node flows that can be recorded, in maps that are made anew.
+    pub flows_max: u32,
 }
 
 impl KernelConfig {
@@ -79,6 +79,7 @@ pub struct Maps {
     listeners: SockHash<MapData, ListenerKey>,
     dead: HashMap<MapData, Destination, u32>,
     flows: HashMap<MapData, FlowKey, Flow>,
+    agent_flows: HashMap<MapData, FlowKey, Flow>,
     edges: PerCpuHashMap<MapData, EdgeKey, EdgeCounters>,
     counters: PerCpuArray<MapData, u64>,
 }
@@ -194,6 +195,11 @@ impl Kernel {
             .btf(None)
             .default_map_pin_directory(&pin_dir)
             .override_global("AGENT_CGROUP", &agent_cgroup, true)
+            .map_max_entries("FLOWS", config.flows_max)
+            .map_max_entries(
+                "AGENT_FLOWS",
+                config.flows_max.saturating_mul(AGENT_FLOWS_PER_FLOW),
+            )
             .load(object)
             .map_err(|error| CaptureError::Load {
                 program: "all".into(),
@@ -213,6 +219,7 @@ impl Kernel {
             listeners: take(&mut programs, "LISTENERS")?,
             dead: take(&mut programs, "DEAD")?,
             flows: take(&mut programs, "FLOWS")?,
+            agent_flows: take(&mut programs, "AGENT_FLOWS")?,
             edges: take(&mut programs, "EDGES")?,
             counters: take(&mut programs, "COUNTERS")?,
         };
@@ -244,46 +251,6 @@ impl Kernel {
         *lock.unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Attaches what looks at the whole node.
-    ///
-    /// # Errors
-    /// Says which program and where.
-    pub fn attach_node(&self) -> Result<(), CaptureError> {
-        // The agent's own sockets first: were it captured before it is known, it would loop.
-        self.attach_agent_flow()?;
-        let cgroup_root = open_dir(&self.config.cgroup_root)?;
-        self.attach(
-            "weft_connect4",
-            "connect4",
-            cgroup_root.as_fd(),
-            AttachType::Connect4,
-        )?;
-        self.attach(
-            "weft_connect6",
-            "connect6",
-            cgroup_root.as_fd(),
-            AttachType::Connect6,
-        )?;
-        Ok(())
-    }
-
-    fn attach_agent_flow(&self) -> Result<(), CaptureError> {
-        let agent_dir = open_dir(&self.config.agent_cgroup())?;
-        self.attach(
-            "weft_agent_flow",
-            "agent-flow",
-            agent_dir.as_fd(),
-            AttachType::SockOps,
-        )
-    }
-
-    /// Whether an agent of another ABI has left, or still has, kernel objects here. After a start it has to be followed
-    /// by [`Kernel::attach_node`] and [`Kernel::remove_other_versions`] once the workloads are known.
-    #[must_use]
-    pub fn follows_another_abi(&self) -> bool {
-        !self.other_versions().is_empty()
-    }
-
     /// Configuration it was started with.
     #[must_use]
     pub fn config(&self) -> &KernelConfig {
@@ -293,100 +260,6 @@ impl Kernel {
     /// For the kernel logger.
     pub fn programs_mut(&mut self) -> &mut Ebpf {
         &mut self.programs
-    }
-
-    /// Puts a program at its place: into the pinned link if there is one that still holds, else by a new link.
-    fn attach(
-        &self,
-        program: &'static str,
-        pin: &str,
-        target: BorrowedFd<'_>,
-        kind: AttachType,
-    ) -> Result<(), CaptureError> {
-        let path = self.link_path(pin);
-        let failed = |source| CaptureError::Attach {
-            program,
-            target: pin.to_owned(),
-            source,
-        };
-        let fd = self.program_fd(program)?;
-        if let Ok(link) = bpf::open_pin(&path) {
-            match bpf::link_update(link.as_fd(), fd) {
-                Ok(()) => return Ok(()),
-                // The cgroup or namespace of the link is gone; its successor needs a link of its own.
-                Err(error) => tracing::info!(pin, %error, "pinned link is dead, attaching anew"),
-            }
-            fs::remove_file(&path).map_err(CaptureError::file("remove", &path))?;
-        }
-        let link = match self.link_of_another_abi(pin, fd) {
-            Some(link) => link,
-            None => bpf::link_create(fd, target, kind).map_err(failed)?,
-        };
-        bpf::pin(link.as_fd(), &path).map_err(CaptureError::file("pin a link at", &path))
-    }
-
-    /// The link that an agent of another ABI has pinned for the same place, with our program in it by now.
-    fn link_of_another_abi(&self, pin: &str, program: BorrowedFd<'_>) -> Option<OwnedFd> {
-        self.other_versions().into_iter().find_map(|dir| {
-            let link = bpf::open_pin(&dir.join(format!("link-{pin}"))).ok()?;
-            bpf::link_update(link.as_fd(), program).ok()?;
-            Some(link)
-        })
-    }
-
-    fn other_versions(&self) -> Vec<PathBuf> {
-        let own = self.config.pin_dir();
-        let entries = fs::read_dir(self.config.node_dir());
-        let folders = entries.into_iter().flatten().flatten();
-        folders
-            .map(|entry| entry.path())
-            .filter(|path| *path != own && path.is_dir())
-            .collect()
-    }
-
-    /// Removes what agents of other ABIs have pinned, after their links were taken over for all workloads that are
-    /// known. Links of others are taken along: a namespace that nobody serves must stay refused.
-    pub fn remove_other_versions(&self) {
-        for dir in self.other_versions() {
-            let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
-            for name in entries.filter_map(|entry| entry.file_name().into_string().ok()) {
-                let Some(pin) = name.strip_prefix("link-") else {
-                    continue;
-                };
-                if let Err(error) = self.take_along(pin) {
-                    tracing::error!(pin, %error, "a link of another version is lost");
-                }
-            }
-            tracing::info!(path = %dir.display(), "removing the kernel objects of another version");
-            remove_folder(&dir);
-        }
-    }
-
-    fn take_along(&self, pin: &str) -> Result<(), CaptureError> {
-        if self.is_pinned(pin) {
-            return Ok(());
-        }
-        let program = match pin.split_once('-') {
-            Some(("lookup", _)) => "weft_lookup",
-            Some(("flow", _)) => "weft_flow",
-            _ => return Ok(()),
-        };
-        let path = self.link_path(pin);
-        match self.link_of_another_abi(pin, self.program_fd(program)?) {
-            Some(link) => {
-                bpf::pin(link.as_fd(), &path).map_err(CaptureError::file("pin a link at", &path))
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn detach(&self, pin: &str) {
-        let path = self.link_path(pin);
-        if let Err(error) = fs::remove_file(&path)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!(path = %path.display(), %error, "cannot remove a pinned link");
-        }
     }
 
     fn program_fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, CaptureError> {
@@ -413,93 +286,9 @@ impl Kernel {
         bpf::test_run(fd, context).map_err(CaptureError::file("run", "weft_lookup"))
     }
 
-    /// Captures inbound connections of a namespace.
-    pub(super) fn attach_lookup(&self, netns: &Netns) -> Result<(), CaptureError> {
-        self.attach(
-            "weft_lookup",
-            &lookup_pin(netns.cookie()),
-            netns.as_fd(),
-            AttachType::SkLookup,
-        )
-    }
-
-    /// Counts flows of a workload's cgroup, and lets them go the same-node way.
-    pub(super) fn attach_flow(
-        &self,
-        cookie: NetnsCookie,
-        cgroup: &Path,
-    ) -> Result<(), CaptureError> {
-        let dir = open_dir(cgroup)?;
-        self.attach(
-            "weft_flow",
-            &flow_pin(cookie),
-            dir.as_fd(),
-            AttachType::SockOps,
-        )
-    }
-
-    /// Attaches the node's own programs again where their pins were removed behind our back.
-    pub(super) fn reattach_node(&self) -> Result<bool, CaptureError> {
-        let pins = ["agent-flow", "connect4", "connect6"];
-        if pins.iter().all(|pin| self.is_pinned(pin)) {
-            return Ok(false);
-        }
-        self.attach_node()?;
-        Ok(true)
-    }
-
-    /// The same for the inbound program of a namespace.
-    pub(super) fn reattach_lookup(&self, netns: &Netns) -> Result<bool, CaptureError> {
-        if self.is_pinned(&lookup_pin(netns.cookie())) {
-            return Ok(false);
-        }
-        self.attach_lookup(netns)?;
-        Ok(true)
-    }
-
-    /// The same for the flow program of a workload's cgroup.
-    pub(super) fn reattach_flow(
-        &self,
-        cookie: NetnsCookie,
-        cgroup: &Path,
-    ) -> Result<bool, CaptureError> {
-        if self.is_pinned(&flow_pin(cookie)) {
-            return Ok(false);
-        }
-        self.attach_flow(cookie, cgroup)?;
-        Ok(true)
-    }
-
-    /// Whether the inbound program is where it should be, as far as its pin tells.
-    pub(super) fn has_lookup(&self, cookie: NetnsCookie) -> bool {
-        self.is_pinned(&lookup_pin(cookie))
-    }
-
-    fn is_pinned(&self, pin: &str) -> bool {
-        self.link_path(pin).exists()
-    }
-
-    fn link_path(&self, pin: &str) -> PathBuf {
-        self.config.pin_dir().join(format!("link-{pin}"))
-    }
-
-    /// Removes the links of a workload.
-    fn detach_workload(&self, cookie: NetnsCookie) {
-        self.detach(&lookup_pin(cookie));
-        self.detach(&flow_pin(cookie));
-    }
-
     fn lock(&self) -> MutexGuard<'_, Maps> {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn lookup_pin(cookie: NetnsCookie) -> String {
-    format!("lookup-{:x}", cookie.0)
-}
-
-fn flow_pin(cookie: NetnsCookie) -> String {
-    format!("flow-{:x}", cookie.0)
 }
 
 /// The form in which programs know addresses.

@@ -1,7 +1,7 @@
 //! Enrolling and un-enrolling: the order of steps, and undoing them.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -223,7 +223,7 @@ impl Capture {
             };
             self.place(enrolled, listeners, value)?;
         }
-        self.kernel.attach_node()
+        self.kernel.attach_node().map(drop)
     }
 
     /// Puts our programs back into every link, after another agent had begun to take over.
@@ -336,11 +336,13 @@ impl Capture {
         enrolled: &Enrolled,
         settings: Option<CaptureSettings>,
     ) -> Result<bool, CaptureError> {
-        let mut repaired = self.kernel.reattach_node()?;
-        repaired |= self.kernel.reattach_lookup(&enrolled.local.netns)?;
-        if let Some(cgroup) = &enrolled.record.enrolment.cgroup {
+        let mut repaired = self.kernel.attach_node()?;
+        repaired |= self.kernel.attach_lookup(&enrolled.local.netns)?;
+        let cgroup = enrolled.record.enrolment.cgroup.as_deref().map(Path::new);
+        // One that has gone has no processes left.
+        if let Some(cgroup) = cgroup.filter(|path| path.is_dir()) {
             let cookie = enrolled.local.cookie();
-            repaired |= self.kernel.reattach_flow(cookie, Path::new(cgroup))?;
+            repaired |= self.kernel.attach_flow(cookie, cgroup)?;
         }
         repaired |= match (settings, self.kernel.workload(enrolled.local.cookie())) {
             (Some(settings), _) => self.apply_settings(enrolled, settings)?,
@@ -352,13 +354,29 @@ impl Capture {
         if local.netns.is_at_its_path() {
             repaired |= steering::mend(&local.netns, &local.addresses).await?;
         }
-        if !self.kernel.has_listeners(local.cookie()) {
-            return Err(CaptureError::NoListener(format!(
-                "workload {}/{}",
-                local.namespace, local.name
-            )));
-        }
         Ok(repaired)
+    }
+
+    /// Namespaces whose listeners the programs find.
+    #[must_use]
+    pub fn listening(&self) -> HashSet<NetnsCookie> {
+        self.kernel.listening()
+    }
+
+    /// Puts the listeners of a workload back where the programs find them. Those that listen no more, because somebody
+    /// ended their sockets, are opened anew. Returns what is to be served, if anything is new.
+    ///
+    /// # Errors
+    /// When a port is taken, or the kernel refuses an entry.
+    pub fn put_back_listeners(
+        &self,
+        enrolled: &Enrolled,
+        listeners: Listeners,
+    ) -> Result<Option<Listeners>, CaptureError> {
+        let (listeners, is_new) = dial::revive(&enrolled.local.netns, listeners)?;
+        self.kernel
+            .set_listeners(enrolled.local.cookie(), &listeners)?;
+        Ok(is_new.then_some(listeners))
     }
 
     /// Tells the kernel that the mesh changed: older verdicts are void, and these service addresses are dead.
@@ -372,15 +390,16 @@ impl Capture {
         Ok(())
     }
 
-    /// Whether the kernel programs know the workload, its addresses and its listeners.
+    /// Whether the kernel programs know the workload, its addresses and its listeners, and the inbound one is in its
+    /// place.
     #[must_use]
-    pub fn is_captured(&self, enrolled: &Enrolled) -> bool {
+    pub fn is_captured(&self, enrolled: &Enrolled, listening: &HashSet<NetnsCookie>) -> bool {
         let cookie = enrolled.local.cookie();
         self.kernel.workload(cookie).is_some_and(|workload| {
             self.kernel
                 .has_addresses(workload, &enrolled.local.addresses)
-        }) && self.kernel.has_listeners(cookie)
-            && self.kernel.has_lookup(cookie)
+        }) && listening.contains(&cookie)
+            && self.kernel.has_lookup(&enrolled.local.netns)
     }
 
     /// Forgets namespaces that an earlier agent captured and nobody enrols any more. Those in `kept` stay as they are:

@@ -329,6 +329,7 @@ impl Running {
         let agent = self.agent;
         tokio::spawn(agent.clone().report_same_node());
         tokio::spawn(agent.clone().keep_captured());
+        tokio::spawn(agent.clone().forget_ended_flows());
         tokio::spawn(async {
             tokio::time::sleep(START_UP).await;
             sys::keep_memory_at_hand();
@@ -460,7 +461,7 @@ impl Agent {
             certificates: certificates.clone(),
             telemetry: telemetry.clone(),
             verdicts: capture.verdicts(),
-            limits: Arc::new(Limits::for_this_process()),
+            limits: Arc::new(Limits::for_this_process().with_room_for(config.kernel.flows_max)),
             node: config.node.name.as_str().into(),
             codec: TunnelCodec::default(),
         };

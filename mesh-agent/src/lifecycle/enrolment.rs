@@ -133,7 +133,7 @@ impl Agent {
         }
         // Not removed: the other version's programs go on refusing what they had captured.
         match self.capture.kernel().attach_node() {
-            Ok(()) => self.capture.kernel().remove_other_versions(),
+            Ok(_) => self.capture.kernel().remove_other_versions(),
             Err(error) => tracing::error!(%error, "the programs of another version stay"),
         }
     }

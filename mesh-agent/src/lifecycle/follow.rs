@@ -5,8 +5,12 @@ use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 use mesh_api::identity::Identity;
 use tokio::time::timeout;
 
-use super::agent::Agent;
-use crate::{capture::Enrolled, discovery::model::CaptureSettings};
+use super::{AgentError, agent::Agent, enrolment::Key};
+use crate::{
+    capture::{CaptureError, Enrolled},
+    discovery::model::CaptureSettings,
+    proxy::ServeHandle,
+};
 
 /// How often the kernel is asked whether capture is whole. A lost piece means uncaptured connections, so well within
 /// the ten seconds that are promised; asking costs a few system calls per workload.
@@ -25,13 +29,15 @@ impl Agent {
             if !self.is_active() {
                 continue;
             }
+            let listening = self.capture.listening();
             for one in self.capture.enrolled() {
-                self.keep_one_captured(&one).await;
+                let listens = listening.contains(&one.local.cookie());
+                self.keep_one_captured(&one, listens).await;
             }
         }
     }
 
-    async fn keep_one_captured(&self, one: &Enrolled) {
+    async fn keep_one_captured(&self, one: &Enrolled, listens: bool) {
         let _one_at_a_time = self.enrolling.lock().await;
         // Another agent may have taken over meanwhile, and it is its programs that belong there.
         if !self.is_active() {
@@ -45,7 +51,7 @@ impl Agent {
         let workload = format!("{namespace}/{name}");
         let known = one.local.workload.load_full();
         let settings = known.map(|workload| workload.capture);
-        let repaired = self.capture.repair(one, settings).await;
+        let repaired = self.repair(one, settings, listens).await;
         self.telemetry
             .capture
             .set_state(&workload, repaired.is_ok());
@@ -59,6 +65,45 @@ impl Agent {
                 tracing::error!(%workload, %error, "capture is not whole and cannot be put back");
             }
         }
+    }
+
+    /// Returns whether anything had to be put back.
+    async fn repair(
+        &self,
+        one: &Enrolled,
+        settings: Option<CaptureSettings>,
+        listens: bool,
+    ) -> Result<bool, AgentError> {
+        let repaired = self.capture.repair(one, settings).await?;
+        let enrolment = &one.record.enrolment;
+        let key = (enrolment.namespace.clone(), enrolment.name.clone());
+        let has_lost_one = {
+            let serving = self.serving();
+            serving
+                .get(&key)
+                .is_some_and(ServeHandle::has_lost_listener)
+        };
+        // Asked before the lock was taken, it may have been enrolled only then.
+        let listens = listens || self.capture.listening().contains(&one.local.cookie());
+        if listens && !has_lost_one {
+            return Ok(repaired);
+        }
+        self.put_back_listeners(one, key).await?;
+        Ok(true)
+    }
+
+    async fn put_back_listeners(&self, one: &Enrolled, key: Key) -> Result<(), AgentError> {
+        let id = self.serving().get(&key).map(ServeHandle::id);
+        let mut lent = self.workers.lend(id).await?;
+        let listeners = lent
+            .pop()
+            .ok_or_else(|| CaptureError::NoListener(format!("workload {}/{}", key.0, key.1)))?;
+        if let Some(listeners) = self.capture.put_back_listeners(one, listeners)? {
+            let handle = self.workers.serve(one.local.clone(), listeners)?;
+            // The one before accepts no more; what it has goes on.
+            self.serving().insert(key, handle);
+        }
+        Ok(())
     }
 
     /// Applies the mesh as it is, then every change, until the mesh ends.
@@ -108,6 +153,7 @@ impl Agent {
     }
 
     fn bring_kernel_in_line(&self, enrolled: &[Enrolled], generation: u64, dead: &[SocketAddr]) {
+        let listening = self.capture.listening();
         for one in enrolled {
             let settings = one
                 .local
@@ -119,7 +165,7 @@ impl Agent {
             let Some(settings) = settings else { continue };
             let workload = format!("{}/{}", one.local.namespace, one.local.name);
             let applied = self.capture.apply_settings(one, settings);
-            let is_whole = applied.is_ok() && self.capture.is_captured(one);
+            let is_whole = applied.is_ok() && self.capture.is_captured(one, &listening);
             self.telemetry.capture.set_state(&workload, is_whole);
             if let Err(error) = applied {
                 tracing::error!(%workload, %error, "cannot apply capture settings");

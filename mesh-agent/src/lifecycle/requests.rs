@@ -164,11 +164,15 @@ impl Agent {
             .into_iter()
             .map(|c| (c.identity.to_string(), c))
             .collect();
+        let listening = self.capture.listening();
         let mut workloads: Vec<WorkloadStatus> = self
             .capture
             .enrolled()
             .iter()
-            .map(|enrolled| self.workload_status(enrolled, &certificates))
+            .map(|enrolled| {
+                let is_captured = self.capture.is_captured(enrolled, &listening);
+                self.workload_status(enrolled, is_captured, &certificates)
+            })
             .collect();
         workloads.extend(self.missing_status());
         workloads.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
@@ -193,6 +197,7 @@ impl Agent {
     fn workload_status(
         &self,
         enrolled: &Enrolled,
+        is_captured: bool,
         certificates: &BTreeMap<String, CertificateStatus>,
     ) -> WorkloadStatus {
         let local = &enrolled.local;
@@ -206,8 +211,8 @@ impl Agent {
                 "{} is no longer its network namespace; if the workload has gone, un-enrol it",
                 local.netns.path().display()
             )
-        } else if !self.capture.is_captured(enrolled) {
-            "kernel entries are missing; un-enrol and enrol again".to_owned()
+        } else if !is_captured {
+            "taken apart behind the agent's back; it is put back within seconds".to_owned()
         } else if known.is_none() {
             "captured, but unknown to the control plane: connections are refused".to_owned()
         } else {

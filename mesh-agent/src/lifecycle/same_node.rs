@@ -1,6 +1,10 @@
 //! Flows that the kernel carries by itself: reported to telemetry, and ended when policy forbids them.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use mesh_ebpf::{EdgeCounters, EdgeKey};
 
@@ -8,13 +12,16 @@ use super::agent::Agent;
 use crate::{
     capture::{
         LocalWorkload,
-        flows::{SameNodeEdge, SameNodeFlow},
+        flows::{EndedFlow, SameNodeEdge, SameNodeFlow},
     },
     discovery::model::{SameNode, Workload},
     policy::{self, Connection},
     telemetry::{CloseReason, ConnectionInfo, Direction, KernelFlow, Party, Security},
 };
 
+/// How often ended connections are looked for that the programs have missed. Two looks are needed, and a minute is
+/// promised.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(15);
 /// How often same-node counters are read: well below the usual scrape interval of 15 s and more.
 const REPORT_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -38,6 +45,30 @@ impl Agent {
                 now.insert(edge.key, edge.counters);
             }
             before = now;
+        }
+    }
+
+    /// Forgets connections that ended while nobody looked, for ever: the programs had been detached, or their cgroup was
+    /// removed under them.
+    pub(super) async fn forget_ended_flows(self: Arc<Self>) {
+        let mut before = HashSet::new();
+        let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if !self.is_active() {
+                continue;
+            }
+            let agent = self.clone();
+            let looked = tokio::task::spawn_blocking(move || agent.capture.ended_flows());
+            // Only a panic, or the end of the process, makes it fail.
+            let ended = looked.await.unwrap_or_default();
+            let twice: Vec<&EndedFlow> = ended.intersection(&before).collect();
+            if !twice.is_empty() && self.is_active() {
+                tracing::info!(connections = twice.len(), "forgotten: ended unseen");
+                self.capture.forget_ended_flows(twice);
+            }
+            before = ended;
         }
     }
 

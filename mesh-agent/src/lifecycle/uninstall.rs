@@ -1,7 +1,5 @@
 //! Removing what an agent left, without an agent.
 
-use mesh_ebpf::ABI_VERSION;
-
 use super::{AgentError, handover::draining, records::Records, run_dir::RunDir};
 use crate::{
     capture::{
@@ -63,6 +61,7 @@ pub(super) fn kernel_config(config: &AgentConfig) -> KernelConfig {
         cgroup_root: config.kernel.cgroup_root.clone(),
         bpffs_root: config.kernel.bpffs_root.clone(),
         node: config.node.name.clone(),
-        abi: ABI_VERSION,
+        abi: config.kernel.abi,
+        flows_max: config.kernel.flows_max,
     }
 }

@@ -1,6 +1,13 @@
 //! Accepting: from a listener to the worker that will carry the connection.
 
-use std::{io, net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Instant};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::pin,
+    rc::Rc,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -78,6 +85,12 @@ async fn accept_until_stopped(
         match next {
             Ok((socket, peer)) => accepted(worker, served, kind, socket, unmapped(peer)),
             Err(error) if belongs_to_one_connection(&error) => {}
+            // It does not listen (any more), accept(2).
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                tracing::error!(?kind, workload = %served.local.name, "a listener was ended behind the agent's back");
+                served.lost_listener.store(true, Ordering::Release);
+                return stopped.await;
+            }
             Err(error) => {
                 worker.context.telemetry.limits.reached(Limit::Accept);
                 if let Some(held_back) = worker.accept_failures.line(Instant::now()) {

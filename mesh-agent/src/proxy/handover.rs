@@ -75,7 +75,8 @@ impl Workers {
         tunnels: Vec<(usize, PoolKey, Source)>,
         limit: Duration,
     ) -> Result<usize, WorkerError> {
-        let (done, mut results) = mpsc::unbounded_channel();
+        // Room for the result of each.
+        let (done, mut results) = mpsc::channel(tunnels.len().max(1));
         for (worker, key, source) in tunnels {
             let order = Order::Warm {
                 key: Box::new(key),
@@ -99,9 +100,10 @@ impl Workers {
     /// Gives one order to every worker and collects what they answer.
     async fn gather<T>(
         &self,
-        order: impl Fn(mpsc::UnboundedSender<T>) -> Order,
+        order: impl Fn(mpsc::Sender<Vec<T>>) -> Order,
     ) -> Result<Vec<T>, WorkerError> {
-        let (answers, mut inbox) = mpsc::unbounded_channel();
+        // Room for the answer of each.
+        let (answers, mut inbox) = mpsc::channel(self.count());
         for index in 0..self.count() {
             self.order(index, order(answers.clone()))?;
         }
@@ -109,7 +111,7 @@ impl Workers {
         let mut all = Vec::new();
         let gathering = async {
             while let Some(answer) = inbox.recv().await {
-                all.push(answer);
+                all.extend(answer);
             }
         };
         timeout(ANSWER_LIMIT, gathering)
@@ -124,37 +126,34 @@ pub(super) type Shown = std::cell::RefCell<Vec<(u64, Kind, Rc<TcpListener>)>>;
 
 impl Worker {
     /// Answers [`Order::Lend`].
-    pub(super) fn lend(&self, answers: &mpsc::UnboundedSender<Result<Lent, WorkerError>>) {
-        for (served, kind, listener) in self.listeners.borrow().iter() {
-            let lent = duplicate(listener.as_fd()).map(|copy| Lent {
+    pub(super) fn lend(&self, answers: &mpsc::Sender<Vec<Result<Lent, WorkerError>>>) {
+        let listeners = self.listeners.borrow();
+        let lend = |(served, kind, listener): &(u64, Kind, Rc<TcpListener>)| {
+            let copy = duplicate(listener.as_fd()).map_err(WorkerError::Lend)?;
+            Ok(Lent {
                 served: *served,
                 kind: *kind,
                 listener: copy.into(),
-            });
-            // Nobody waits any more: the copy goes with the message.
-            let _ = answers.send(lent.map_err(WorkerError::Lend));
-        }
+            })
+        };
+        // Nobody waits any more: the copies go with the message.
+        let _ = answers.try_send(listeners.iter().map(lend).collect());
     }
 
     /// Answers [`Order::Tunnels`].
-    pub(super) fn tell_tunnels(&self, answers: &mpsc::UnboundedSender<HeldTunnel>) {
-        for key in self.pool.open_keys() {
-            let _ = answers.send((self.index, key));
-        }
+    pub(super) fn tell_tunnels(&self, answers: &mpsc::Sender<Vec<HeldTunnel>>) {
+        let held = self.pool.open_keys().into_iter();
+        // As above.
+        let _ = answers.try_send(held.map(|key| (self.index, key)).collect());
     }
 
     /// Carries out [`Order::Warm`].
-    pub(super) fn warm(
-        &self,
-        key: Box<PoolKey>,
-        source: Box<Source>,
-        done: mpsc::UnboundedSender<bool>,
-    ) {
+    pub(super) fn warm(&self, key: Box<PoolKey>, source: Box<Source>, done: mpsc::Sender<bool>) {
         let pool = self.pool.clone();
         self.spawn(async move {
             let opened = pool.lease(&key, &source).await;
             // A failure is told by the pool, as for a connection.
-            let _ = done.send(opened.is_ok());
+            let _ = done.try_send(opened.is_ok());
         });
     }
 }

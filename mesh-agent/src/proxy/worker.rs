@@ -10,7 +10,7 @@ use std::{
     rc::Rc,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
@@ -112,14 +112,14 @@ pub(super) enum Order {
         reason: CloseReason,
     },
     /// Give copies of all listeners.
-    Lend(mpsc::UnboundedSender<Result<Lent, WorkerError>>),
+    Lend(mpsc::Sender<Vec<Result<Lent, WorkerError>>>),
     /// Tell which tunnels are open.
-    Tunnels(mpsc::UnboundedSender<HeldTunnel>),
+    Tunnels(mpsc::Sender<Vec<HeldTunnel>>),
     /// Have a tunnel open.
     Warm {
         key: Box<PoolKey>,
         source: Box<Source>,
-        done: mpsc::UnboundedSender<bool>,
+        done: mpsc::Sender<bool>,
     },
     Exit,
 }
@@ -131,6 +131,8 @@ pub(super) struct Served {
     pub local: Arc<LocalWorkload>,
     /// Accept no more; tunnels say GOAWAY.
     pub stop: CancellationToken,
+    /// A listener was ended by somebody else (`SOCK_DESTROY`): it accepts nothing for ever.
+    pub lost_listener: AtomicBool,
     live: AtomicUsize,
     empty: Notify,
 }
@@ -200,6 +202,7 @@ impl Workers {
             id: self.inner.next_served.fetch_add(1, Ordering::Relaxed),
             local,
             stop: self.inner.stop.child_token(),
+            lost_listener: AtomicBool::new(false),
             live: AtomicUsize::new(0),
             empty: Notify::new(),
         });
@@ -314,6 +317,12 @@ impl ServeHandle {
     /// Stops accepting and closes the listeners; tunnels take no more streams; what is open goes on.
     pub fn stop(&self) {
         self.served.stop.cancel();
+    }
+
+    /// Whether a listener has to be opened anew.
+    #[must_use]
+    pub fn has_lost_listener(&self) -> bool {
+        self.served.lost_listener.load(Ordering::Acquire)
     }
 
     /// Names the workload among those that are served.

@@ -410,13 +410,19 @@ mod tests {
     #[test]
     fn names_the_setting_that_cannot_work() {
         type Spoil = fn(&mut AgentConfig);
-        let cases: [(&str, Spoil); 10] = [
+        let cases: [(&str, Spoil); 12] = [
             ("node.name", |c| c.node.name.clear()),
             ("node.name", |c| c.node.name = "../n".into()),
             ("node.trustDomain", |c| c.node.trust_domain = "a b".into()),
             ("node.network", |c| c.node.network = "a/b".into()),
             ("listen.admin", |c| {
                 c.listen.admin = ([0, 0, 0, 0], 1).into()
+            }),
+            ("kernel.flowsMax", |c| {
+                c.kernel.flows_max = FLOWS_RANGE.start() - 1
+            }),
+            ("kernel.flowsMax", |c| {
+                c.kernel.flows_max = FLOWS_RANGE.end() + 1
             }),
             ("proxy.workers", |c| c.proxy.workers = WORKERS_MAX + 1),
             ("proxy.upgradeDrainSeconds", |c| {

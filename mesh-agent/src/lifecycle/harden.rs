@@ -1,8 +1,8 @@
 //! What the process gives up before it does anything for anybody: capabilities, system calls, ways to gain rights, and
 //! core dumps. A hole in what parses a peer's bytes is then worth less to who finds it.
 //!
-//! Everything here is inherited by threads and by programs that are started later (an agent that takes over included),
-//! so what is kept suffices to start an agent, too.
+//! Everything here is inherited by threads and by programs that are started later. The agent that `weft agent upgrade`
+//! starts is one, so what is kept suffices to start an agent and to take over, too; it never gets more.
 
 use std::{collections::BTreeMap, fs};
 

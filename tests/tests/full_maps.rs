@@ -23,7 +23,7 @@ const FURTHER: usize = 60;
 /// Rounds of them: with the flows that fit, some three times the map.
 const ROUNDS: usize = 8;
 /// Seconds that the flows in the map last: longer than everything that happens meanwhile.
-const LAST_SECONDS: u64 = 75;
+const LAST_SECONDS: u64 = 60;
 
 struct Scene {
     lab: Lab,

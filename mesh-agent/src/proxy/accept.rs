@@ -17,8 +17,10 @@ use tokio::{
 use super::{
     inbound,
     limits::ACCEPT_BACKOFF,
-    outbound, relay, unmapped,
-    worker::{Admission, Refused, Served, Worker},
+    outbound, relay,
+    served::Served,
+    unmapped,
+    worker::{Admission, Refused, Worker},
 };
 use crate::telemetry::{CloseReason, ConnectionInfo, Direction, Limit, Party, Security};
 

@@ -22,7 +22,7 @@ use prometheus::IntCounter;
 use tokio::{
     sync::{Notify, mpsc},
     task::LocalSet,
-    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -38,6 +38,7 @@ use super::{
     },
     pool::{Pool, PoolKey},
     registry::Registry,
+    served::{ServeHandle, Served, wait_zero},
 };
 use crate::{
     capture::{ConnectionGuard, Listeners, LocalWorkload},
@@ -46,7 +47,7 @@ use crate::{
 };
 
 /// After the drain deadline connections are told to end; this is how long they have for it.
-const FORCED_CLOSE_WAIT: Duration = Duration::from_secs(1);
+pub(super) const FORCED_CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 /// Why workers cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -122,19 +123,6 @@ pub(super) enum Order {
         done: mpsc::Sender<bool>,
     },
     Exit,
-}
-
-/// A workload whose listeners are served.
-#[derive(Debug)]
-pub(super) struct Served {
-    pub id: u64,
-    pub local: Arc<LocalWorkload>,
-    /// Accept no more; tunnels say GOAWAY.
-    pub stop: CancellationToken,
-    /// A listener was ended by somebody else (`SOCK_DESTROY`): it accepts nothing for ever.
-    pub lost_listener: AtomicBool,
-    live: AtomicUsize,
-    empty: Notify,
 }
 
 impl Workers {
@@ -306,72 +294,6 @@ impl Drop for Inner {
     }
 }
 
-/// Keeps one workload served. Dropped, it stops accepting; connections that are open go on.
-#[derive(Debug)]
-pub struct ServeHandle {
-    served: Arc<Served>,
-    shared: Arc<Shared>,
-}
-
-impl ServeHandle {
-    /// Stops accepting and closes the listeners; tunnels take no more streams; what is open goes on.
-    pub fn stop(&self) {
-        self.served.stop.cancel();
-    }
-
-    /// Whether a listener has to be opened anew.
-    #[must_use]
-    pub fn has_lost_listener(&self) -> bool {
-        self.served.lost_listener.load(Ordering::Acquire)
-    }
-
-    /// Names the workload among those that are served.
-    #[must_use]
-    pub fn id(&self) -> u64 {
-        self.served.id
-    }
-
-    /// Connections open now, tunnels included.
-    #[must_use]
-    pub fn live(&self) -> usize {
-        self.served.live.load(Ordering::Acquire)
-    }
-
-    /// Stops accepting, lets connections finish until `deadline` has passed, then closes the rest. Returns how many
-    /// had to be closed.
-    pub async fn drain(self, deadline: Duration) -> usize {
-        self.stop();
-        wait_zero(&self.served.live, &self.served.empty, deadline).await;
-        let left = self.live();
-        if left > 0 {
-            self.shared
-                .close(Some(self.served.id), CloseReason::Drained);
-            wait_zero(&self.served.live, &self.served.empty, FORCED_CLOSE_WAIT).await;
-        }
-        left
-    }
-}
-
-impl Drop for ServeHandle {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-async fn wait_zero(count: &AtomicUsize, empty: &Notify, limit: Duration) {
-    // At the limit the caller looks at the count itself.
-    let _ = timeout(limit, async {
-        loop {
-            let notified = empty.notified();
-            if count.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            notified.await;
-        }
-    })
-    .await;
-}
-
 impl Shared {
     fn order(&self, index: usize, order: Order) -> Result<(), WorkerError> {
         let mailbox = self
@@ -384,7 +306,7 @@ impl Shared {
         })
     }
 
-    fn close(&self, served: Option<u64>, reason: CloseReason) {
+    pub fn close(&self, served: Option<u64>, reason: CloseReason) {
         for index in 0..self.mailboxes.len() {
             if let Err(error) = self.order(index, Order::Close { served, reason }) {
                 tracing::error!(%error, "cannot close connections");

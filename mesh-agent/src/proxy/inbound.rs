@@ -25,13 +25,14 @@ use super::{
     never_a_destination,
     registry::{Judged, Registered},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
+    served::Served,
     tunnel::{
         Incoming, TunnelError, TunnelServer, TunnelStream,
         headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
         transport::accept_tls,
     },
     unmapped,
-    worker::{Admission, Refused, Served, Worker},
+    worker::{Admission, Refused, Worker},
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},

@@ -181,6 +181,15 @@ impl Limits {
         }
         limits
     }
+
+    /// No more connections than the kernel can record (`kernel.flowsMax`): one that it cannot record would not reach its
+    /// application.
+    #[must_use]
+    pub fn with_room_for(mut self, flows: u32) -> Self {
+        let flows = usize::try_from(flows).unwrap_or(usize::MAX);
+        self.connections_per_node = self.connections_per_node.min(flows);
+        self
+    }
 }
 
 /// Connections that `descriptors` allow, the reserve left out.
@@ -194,6 +203,14 @@ fn connections_for(descriptors: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn there_are_no_more_connections_than_the_kernel_can_record() {
+        let limits = Limits::default();
+        let few = limits.clone().with_room_for(100);
+        assert_eq!(few.connections_per_node, 100);
+        assert_eq!(limits.clone().with_room_for(u32::MAX), limits);
+    }
 
     #[test]
     fn connections_leave_the_reserved_descriptors_alone() {

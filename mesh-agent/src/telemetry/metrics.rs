@@ -112,6 +112,8 @@ pub struct AgentMetrics {
     pub workloads: IntGauge,
     /// Panics that ended one connection or one task.
     pub panics: IntCounter,
+    draining: IntGauge,
+    draining_connections: IntGauge,
 }
 
 impl AgentMetrics {
@@ -134,7 +136,24 @@ impl AgentMetrics {
                 "weft_agent_panics_total",
                 "Panics contained to one connection or task",
             ),
+            draining: gauge(
+                registry,
+                "weft_draining_agents",
+                "Replaced agents of this node that still serve connections",
+            ),
+            draining_connections: gauge(
+                registry,
+                "weft_draining_connections",
+                "Connections and tunnels that replaced agents of this node still serve",
+            ),
         }
+    }
+
+    /// What agents that this one has replaced still do.
+    pub fn set_draining(&self, agents: usize, connections: u64) {
+        self.draining.set(i64::try_from(agents).unwrap_or(i64::MAX));
+        self.draining_connections
+            .set(i64::try_from(connections).unwrap_or(i64::MAX));
     }
 }
 

@@ -216,10 +216,6 @@ fn start(
     peer: SocketAddr,
     admission: Admission,
 ) {
-    if let Err(error) = socket.set_nodelay(true) {
-        tracing::debug!(%error, ?kind, "accepted socket is gone already");
-        return;
-    }
     let own = worker.clone();
     match kind {
         Kind::Outbound => worker.spawn(outbound::serve(own, socket, peer, admission)),

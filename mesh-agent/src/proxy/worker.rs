@@ -449,12 +449,14 @@ impl Worker {
     /// Runs a connection as a task of its own; a panic costs that connection only.
     pub fn spawn(&self, connection: impl Future<Output = ()> + 'static) {
         let telemetry = self.context.telemetry.clone();
-        tokio::task::spawn_local(async move {
-            if AssertUnwindSafe(connection).catch_unwind().await.is_err() {
+        // Not an async block, which would hold the connection's state twice: as captured and as awaited.
+        let contained = AssertUnwindSafe(connection).catch_unwind();
+        tokio::task::spawn_local(contained.map(move |outcome| {
+            if outcome.is_err() {
                 telemetry.agent.panics.inc();
                 tracing::error!("a connection ended in a panic");
             }
-        });
+        }));
     }
 }
 

@@ -378,7 +378,13 @@ fn read_vectored(socket: &TcpStream, into: &mut [IoSliceMut<'_>]) -> io::Result<
     let room: usize = into.iter().map(|piece| piece.len()).sum();
     let mut got = None;
     let result = socket.try_io(Interest::READABLE, || {
-        let read = (&*SockRef::from(socket)).read_vectored(into)?;
+        let socket = SockRef::from(socket);
+        let mut source = &*socket;
+        // The vectored call is the dearer one.
+        let read = match into {
+            [piece] => source.read(piece)?,
+            pieces => source.read_vectored(pieces)?,
+        };
         got = Some(read);
         if read > 0 && read < room {
             Err(io::ErrorKind::WouldBlock.into())

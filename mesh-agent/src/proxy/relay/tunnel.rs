@@ -43,7 +43,10 @@ impl<M: Meter> Near<M> {
 
 impl<M: Meter> DirectSink for Near<M> {
     fn write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        let count = self.socket.try_write_vectored(slices)?;
+        let count = match slices {
+            [piece] => self.socket.try_write(piece)?,
+            pieces => self.socket.try_write_vectored(pieces)?,
+        };
         self.note_written(count);
         Ok(count)
     }

@@ -158,8 +158,7 @@ fn mistakes_that_end_the_connection() {
         ),
     ];
     for (what, bytes, code) in table {
-        eprintln!("{what}");
-        Bench::serving().ends(&bytes, code);
+        Bench::serving().ends_for(&bytes, code, what);
     }
 }
 

@@ -137,8 +137,12 @@ impl Bench {
 
     /// The connection ends by GOAWAY with this code, for good.
     fn ends(&mut self, bytes: &[u8], code: Code) {
-        let error = self.feed(bytes).expect_err("the connection is over");
-        assert_eq!(error.code, code, "{}", error.what);
+        self.ends_for(bytes, code, "");
+    }
+
+    fn ends_for(&mut self, bytes: &[u8], code: Code, why: &str) {
+        let error = self.feed(bytes).expect_err(why);
+        assert_eq!(error.code, code, "{why}: {}", error.what);
         let (head, payload) = self.sent().pop().expect("GOAWAY");
         assert_eq!((head.kind, read_u32(&payload[4..])), (kind::GOAWAY, code.0));
         assert_eq!(self.feed(&ping()), Err(error), "nothing more is looked at");

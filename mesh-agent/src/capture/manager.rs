@@ -331,7 +331,7 @@ impl Capture {
     ///
     /// # Errors
     /// When it cannot be put back.
-    pub async fn repair(
+    pub fn repair(
         &self,
         enrolled: &Enrolled,
         settings: Option<CaptureSettings>,
@@ -352,7 +352,7 @@ impl Capture {
         // A namespace that lost its name is a deleted pod's: it has no interface for the routes any more.
         let local = &enrolled.local;
         if local.netns.is_at_its_path() {
-            repaired |= steering::mend(&local.netns, &local.addresses).await?;
+            repaired |= steering::mend(&local.netns, &local.addresses)?;
         }
         Ok(repaired)
     }

@@ -74,7 +74,7 @@ impl Agent {
         settings: Option<CaptureSettings>,
         listens: bool,
     ) -> Result<bool, AgentError> {
-        let repaired = self.capture.repair(one, settings).await?;
+        let repaired = self.capture.repair(one, settings)?;
         let enrolment = &one.record.enrolment;
         let key = (enrolment.namespace.clone(), enrolment.name.clone());
         let has_lost_one = {

@@ -326,7 +326,16 @@ impl Capture {
         Ok(true)
     }
 
-    /// Looks whether everything in the kernel that captures a workload is there, and puts back what is not. Returns
+    /// Looks whether what captures for the whole node is there, and puts back what is not. Returns whether something was
+    /// missing.
+    ///
+    /// # Errors
+    /// When it cannot be put back.
+    pub fn repair_node(&self) -> Result<bool, CaptureError> {
+        self.kernel.attach_node()
+    }
+
+    /// Looks whether everything else in the kernel that captures a workload is there, and puts back what is not. Returns
     /// whether something was missing. Without settings, those that the kernel has stay.
     ///
     /// # Errors
@@ -336,8 +345,7 @@ impl Capture {
         enrolled: &Enrolled,
         settings: Option<CaptureSettings>,
     ) -> Result<bool, CaptureError> {
-        let mut repaired = self.kernel.attach_node()?;
-        repaired |= self.kernel.attach_lookup(&enrolled.local.netns)?;
+        let mut repaired = self.kernel.attach_lookup(&enrolled.local.netns)?;
         let cgroup = enrolled.record.enrolment.cgroup.as_deref().map(Path::new);
         // One that has gone has no processes left.
         if let Some(cgroup) = cgroup.filter(|path| path.is_dir()) {

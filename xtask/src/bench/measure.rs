@@ -33,7 +33,7 @@ const SETTLE: Duration = Duration::from_secs(1);
 pub const IDLE_AFTER: Duration = Duration::from_secs(5);
 
 /// How long the processor time of an idle proxy is looked at: several periods of whatever it does now and then.
-const IDLE_WINDOW: Duration = Duration::from_secs(20);
+const IDLE_WINDOW: Duration = Duration::from_secs(28);
 
 /// How long the idle connections may take to be opened.
 const OPEN_LIMIT: Duration = Duration::from_secs(60);

@@ -495,6 +495,16 @@ impl Mesh {
             .stop(signal, LIMIT)
     }
 
+    /// The running control plane.
+    ///
+    /// # Errors
+    /// It was not started.
+    pub fn control(&self) -> Result<&Running> {
+        self.control
+            .as_ref()
+            .context("the control plane does not run")
+    }
+
     /// Makes sure that every program that was started still runs.
     ///
     /// # Errors

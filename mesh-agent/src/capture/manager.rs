@@ -326,18 +326,26 @@ impl Capture {
         Ok(true)
     }
 
-    /// Looks whether everything in the kernel that captures a workload is there, and puts back what is not. Returns
+    /// Looks whether what captures for the whole node is there, and puts back what is not. Returns whether something was
+    /// missing.
+    ///
+    /// # Errors
+    /// When it cannot be put back.
+    pub fn repair_node(&self) -> Result<bool, CaptureError> {
+        self.kernel.attach_node()
+    }
+
+    /// Looks whether everything else in the kernel that captures a workload is there, and puts back what is not. Returns
     /// whether something was missing. Without settings, those that the kernel has stay.
     ///
     /// # Errors
     /// When it cannot be put back.
-    pub async fn repair(
+    pub fn repair(
         &self,
         enrolled: &Enrolled,
         settings: Option<CaptureSettings>,
     ) -> Result<bool, CaptureError> {
-        let mut repaired = self.kernel.attach_node()?;
-        repaired |= self.kernel.attach_lookup(&enrolled.local.netns)?;
+        let mut repaired = self.kernel.attach_lookup(&enrolled.local.netns)?;
         let cgroup = enrolled.record.enrolment.cgroup.as_deref().map(Path::new);
         // One that has gone has no processes left.
         if let Some(cgroup) = cgroup.filter(|path| path.is_dir()) {
@@ -352,7 +360,7 @@ impl Capture {
         // A namespace that lost its name is a deleted pod's: it has no interface for the routes any more.
         let local = &enrolled.local;
         if local.netns.is_at_its_path() {
-            repaired |= steering::mend(&local.netns, &local.addresses).await?;
+            repaired |= steering::mend(&local.netns, &local.addresses)?;
         }
         Ok(repaired)
     }

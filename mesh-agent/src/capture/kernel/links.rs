@@ -2,10 +2,7 @@
 
 use std::{
     fs,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::MetadataExt as _,
-    },
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -68,8 +65,9 @@ impl Kernel {
         };
         let fd = self.program_fd(program)?;
         let own = bpf::program_id(fd).map_err(failed)?;
-        let place = fs::File::from(target.try_clone_to_owned().map_err(failed)?);
-        let place = place.metadata().map_err(failed)?.ino();
+        let place = nix::sys::stat::fstat(target)
+            .map_err(|errno| failed(errno.into()))?
+            .st_ino;
         let is_here = |found: &LinkInfo| (found.place, found.attach_type) == (place, kind as u32);
         if let Ok(link) = bpf::open_pin(&path) {
             match bpf::link_info(link.as_fd()) {

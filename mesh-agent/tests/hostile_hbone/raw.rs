@@ -13,6 +13,7 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
+const PING: u8 = 6;
 const GOAWAY: u8 = 7;
 const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
@@ -75,6 +76,30 @@ where
             (HEADERS, _) => return Ok(Answer::Refused),
             (RST_STREAM, _) => return Ok(Answer::Reset),
             (GOAWAY, _) => return Ok(Answer::Closed),
+            _ => {}
+        }
+    }
+}
+
+/// Answers PINGs until GOAWAY comes. The streams that are open must stay so.
+pub async fn until_goaway<S>(stream: &mut S) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await?;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        let mut payload = vec![0; length];
+        stream.read_exact(&mut payload).await?;
+        match (head[3], head[4]) {
+            (PING, 0) => {
+                let mut bytes = Vec::new();
+                frame(&mut bytes, PING, ACK, 0, &payload);
+                stream.write_all(&bytes).await?;
+            }
+            (GOAWAY, _) => return Ok(()),
+            (RST_STREAM, _) => bail!("an open stream was reset"),
             _ => {}
         }
     }

@@ -16,12 +16,13 @@ use http::{HeaderMap, Method, StatusCode};
 use mesh_api::{identity::Identity, names::NamespacedName};
 use tokio::{
     net::TcpStream,
-    time::{timeout, timeout_at},
+    time::{MissedTickBehavior, interval, timeout, timeout_at},
 };
 
 use super::{
     OWN_PORTS,
     accept::{self, Kind},
+    limits::REJUDGE_INTERVAL,
     never_a_destination,
     registry::{Judged, Registered},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
@@ -37,7 +38,7 @@ use super::{
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
     discovery::model::Workload,
-    identity::{CertificateError, peer_identity},
+    identity::{CertificateError, peer::ClientProof, peer_identity},
     policy::{self, Authorized, Decision},
     sys::{
         netns::duplicate,
@@ -150,7 +151,7 @@ pub(super) async fn serve_tunnel(
     };
     let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
     let shaken = Box::pin(shake_hands(&worker, &served.local, socket)).await;
-    let (identity, server) = match shaken {
+    let (identity, proof, server) = match shaken {
         Ok(shaken) => shaken,
         Err(error) => {
             worker.context.telemetry.tunnels.failed(Direction::Inbound);
@@ -173,6 +174,7 @@ pub(super) async fn serve_tunnel(
             socket: measured.as_ref().map(Rc::downgrade).unwrap_or_default(),
             statistics: Rc::default(),
         },
+        proof,
         server,
     )
     .await;
@@ -198,7 +200,7 @@ async fn shake_hands(
     worker: &Worker,
     local: &LocalWorkload,
     socket: TcpStream,
-) -> Result<(Identity, TunnelServer<TcpStream>), HandshakeError> {
+) -> Result<(Identity, ClientProof, TunnelServer<TcpStream>), HandshakeError> {
     let context = &worker.context;
     let deadline = tokio::time::Instant::now() + context.limits.time.handshake;
     let Some(workload) = local.workload.load_full() else {
@@ -229,10 +231,13 @@ async fn shake_hands(
     context
         .telemetry
         .observe_handshake(Direction::Inbound, began.elapsed());
-    let identity = peer_identity(secured.peer_certificates()).ok_or(HandshakeError::NoIdentity)?;
+    let chain = secured.peer_certificates();
+    let identity = peer_identity(chain).ok_or(HandshakeError::NoIdentity)?;
+    let proof = ClientProof::new(chain.unwrap_or_default(), &certified)
+        .ok_or(HandshakeError::NoIdentity)?;
     let server = TunnelServer::handshake(secured, &context.limits).await;
     let server = server.inspect_err(late(Limit::FirstFrameDeadline))?;
-    Ok((identity, server))
+    Ok((identity, proof, server))
 }
 
 async fn serve_streams(
@@ -240,16 +245,30 @@ async fn serve_streams(
     served: &Arc<Served>,
     registered: &Registered,
     ends: TunnelEnds,
+    mut proof: ClientProof,
     mut server: TunnelServer<TcpStream>,
 ) {
     let ends = Rc::new(ends);
     let mut stopped = pin!(served.stop.cancelled());
     let mut stopping = false;
+    let mut again = interval(REJUDGE_INTERVAL);
+    again.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let next = tokio::select! {
             () = &mut stopped, if !stopping => {
                 stopping = true;
                 server.shut_down();
+                continue;
+            }
+            _ = again.tick(), if !stopping => {
+                let own = served.local.workload.load();
+                let certificates = &worker.context.certificates;
+                let holds = own.as_ref().map_or(Ok(()), |own| certificates.judge_again(&own.identity, &mut proof));
+                if let Err(rejection) = holds {
+                    tracing::info!(peer = %ends.identity, %rejection, "a tunnel takes no more connections");
+                    stopping = true;
+                    server.shut_down();
+                }
                 continue;
             }
             _ = registered.signal().closed() => return,

@@ -135,6 +135,8 @@ pub const ORDER_QUEUE: usize = 4096;
 pub const RESTART_PAUSE: Duration = Duration::from_millis(100);
 /// How often a worker looks for idle and dead tunnels.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the certificate of an open tunnel's client is judged again: it may have ended, or its root been withdrawn.
+pub const REJUDGE_INTERVAL: Duration = Duration::from_secs(5);
 /// Shortest time between two evaluations of all live connections: policy edits come in bursts, and a second is
 /// promised.
 pub const REEVALUATION_PAUSE: Duration = Duration::from_millis(50);

@@ -86,6 +86,30 @@ where
     }
 }
 
+/// Answers PINGs until GOAWAY comes. The streams that are open must stay so.
+pub async fn until_goaway<S>(stream: &mut S) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await?;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        let mut payload = vec![0; length];
+        stream.read_exact(&mut payload).await?;
+        match (head[3], head[4]) {
+            (PING, 0) => {
+                let mut bytes = Vec::new();
+                frame(&mut bytes, PING, ACK, 0, &payload);
+                stream.write_all(&bytes).await?;
+            }
+            (GOAWAY, _) => return Ok(()),
+            (RST_STREAM, _) => bail!("an open stream was reset"),
+            _ => {}
+        }
+    }
+}
+
 /// The status is the first field; updates of the dynamic table's size (`001xxxxx`) may precede it.
 fn is_200(block: &[u8]) -> bool {
     let first = block.iter().find(|byte| **byte >> 5 != 1);

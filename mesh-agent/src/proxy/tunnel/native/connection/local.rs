@@ -5,7 +5,7 @@ use http::{HeaderMap, StatusCode};
 use super::{
     super::{
         super::ConnectRequest,
-        frame::{self, Code, MAX_WINDOW, flag, kind},
+        frame::{self, Code, LEAVING, MAX_STREAM, MAX_WINDOW, flag, kind},
         hpack,
     },
     Connection, Role, Stream,
@@ -188,9 +188,25 @@ impl<X> Connection<X> {
         frame::put(&mut self.control, kind::PING, 0, 0, &[0; 8]);
     }
 
-    /// Says that no more streams are opened or taken (GOAWAY without an error). Open ones go on.
+    /// Says that no more streams are opened or taken (GOAWAY without an error). Open ones go on. A server says so
+    /// twice, as RFC 9113 section 6.8 has it: at once without a last stream, and with one after an answer to PING, so
+    /// that what was on its way is still taken.
     pub fn leave(&mut self) {
-        if !std::mem::replace(&mut self.leaving, true) && self.failed.is_none() {
+        if std::mem::replace(&mut self.announced, true) || self.failed.is_some() {
+            return;
+        }
+        match self.role {
+            Role::Client => self.take_no_more(),
+            Role::Server { .. } => {
+                frame::put_go_away(&mut self.control, MAX_STREAM, Code::NO_ERROR);
+                frame::put(&mut self.control, kind::PING, 0, 0, &LEAVING);
+            }
+        }
+    }
+
+    /// From now on new streams are ignored.
+    pub(super) fn take_no_more(&mut self) {
+        if !std::mem::replace(&mut self.leaving, true) {
             let last = self.last_taken();
             frame::put_go_away(&mut self.control, last, Code::NO_ERROR);
         }

@@ -185,6 +185,9 @@ pub struct Connection<X> {
     error_resets: usize,
     untaken_resets: usize,
     calm: Calm,
+    /// We have said that we are about to leave.
+    announced: bool,
+    /// No more streams are taken.
     leaving: bool,
     peer_leaves: bool,
     failed: Option<ConnectionError>,
@@ -238,6 +241,7 @@ impl<X> Connection<X> {
                 since: None,
                 frames: 0,
             },
+            announced: false,
             leaving: false,
             peer_leaves: false,
             failed: None,
@@ -276,7 +280,7 @@ impl<X> Connection<X> {
         self.streams.is_empty()
     }
 
-    /// Whether either side has said GOAWAY.
+    /// Whether either side opens or takes no more streams. A server that has only announced it still does.
     #[must_use]
     pub fn is_leaving(&self) -> bool {
         self.leaving || self.peer_leaves

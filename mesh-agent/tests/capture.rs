@@ -63,6 +63,8 @@ fn start(node: &Node) -> Result<Capture> {
         cgroup_root: node.cgroup_root.clone(),
         bpffs_root: node.bpffs_root.clone(),
         node: node.name.clone(),
+        abi: mesh_ebpf::ABI_VERSION,
+        flows_max: mesh_ebpf::FLOWS_MAX,
     };
     Ok(Capture::new(Kernel::start(config)?.0)?)
 }
@@ -369,6 +371,37 @@ fn unenrolment_leaves_the_namespace_as_it_was() -> Result<()> {
         0,
         "no links of the workload are left"
     );
+    Ok(())
+}
+
+#[test]
+fn what_a_pod_takes_apart_is_found_and_put_back_once() -> Result<()> {
+    let lab = lab(Families::Dual)?;
+    let capture = start(lab.node("n1")?)?;
+    let web = lab.pod("web")?;
+    let (enrolled, _listeners) = enrol(&capture, web, CaptureSettings::default())?;
+    let look = || -> Result<String> {
+        let script = "ip rule; ip -6 rule; ip route show table 15001; ip -6 route show table 15001; cat /proc/sys/net/ipv4/tcp_fwmark_accept /proc/sys/net/ipv*/fwmark_reflect";
+        lab.run(web, &Program::new("sh").args(["-c", script]), LIMIT)?
+            .ok()
+    };
+    let whole = look()?;
+    ensure!(!capture.repair(&enrolled, None)?, "nothing is missing yet");
+    for harm in [
+        "ip rule del pref 15001",
+        "ip -6 rule del pref 15001",
+        "ip route flush table 15001",
+        "ip -6 route flush table 15001",
+    ] {
+        lab.run(web, &Program::line(harm), LIMIT)?.ok()?;
+        ensure!(look()? != whole, "{harm}: it can be seen");
+        ensure!(capture.repair(&enrolled, None)?, "{harm}: not found");
+        assert_eq!(look()?, whole, "{harm}");
+        ensure!(!capture.repair(&enrolled, None)?, "{harm}: found again");
+    }
+    mesh_tests::netns::sysctl(&web.netns, &[("ipv4/tcp_fwmark_accept", "0")])?;
+    ensure!(capture.repair(&enrolled, None)?, "the sysctl was not found");
+    assert_eq!(look()?, whole);
     Ok(())
 }
 

@@ -32,6 +32,15 @@ fn mount_point_in(mounts: &str) -> Option<PathBuf> {
     })
 }
 
+/// Moves this process into a cgroup; sockets that it makes from then on belong there.
+///
+/// # Errors
+/// There is no such cgroup.
+pub fn join(cgroup: &Path) -> Result<()> {
+    let procs = cgroup.join("cgroup.procs");
+    fs::write(&procs, "0").with_context(|| format!("cannot join through {}", procs.display()))
+}
+
 /// Kills every process in a cgroup and below it, waits until they are gone, and removes the cgroups.
 /// A cgroup that does not exist is done already.
 ///

@@ -9,6 +9,7 @@ use std::{
 };
 
 use mesh_ebpf::CAPTURE_MARK;
+use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -46,7 +47,9 @@ pub(super) async fn dial(
         .map(|ip| ip.to_canonical())
         .filter(|ip| *ip != destination.ip() && ip.is_ipv4() == destination.is_ipv4());
     let Some(source) = source else {
-        return connect(new_socket(workload, destination)?, destination).await;
+        let socket = new_socket(workload, destination)?;
+        set_common_options(&socket)?;
+        return connect(socket, destination).await;
     };
     for _ in 0..SHOWN_PORT_ATTEMPTS {
         let shown = SocketAddr::new(source, rand::random_range(SHOWN_PORTS));
@@ -65,7 +68,9 @@ async fn connect_as(
     source: SocketAddr,
     destination: SocketAddr,
 ) -> io::Result<TcpStream> {
+    // No keepalive: over loopback, to the application, nothing vanishes without a word, and tunnels ask by PING.
     let socket = new_socket(workload, destination)?;
+    socket.set_tcp_nodelay(true)?;
     socket::set_transparent(socket.as_fd(), source.is_ipv6())?;
     socket::set_mark(socket.as_fd(), CAPTURE_MARK)?;
     if source.port() == 0 {
@@ -87,15 +92,13 @@ fn is_taken(error: &io::Error) -> bool {
 }
 
 fn new_socket(workload: &LocalWorkload, destination: SocketAddr) -> io::Result<Socket> {
-    let socket = workload.netns.run(|| {
+    workload.netns.run(|| {
         Socket::new(
             Domain::for_address(destination),
             Type::STREAM.nonblocking(),
             None,
         )
-    })??;
-    set_common_options(&socket)?;
-    Ok(socket)
+    })?
 }
 
 async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
@@ -104,7 +107,7 @@ async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStrea
         .await
 }
 
-/// Applied to every connection of the agent, accepted ones included.
+/// Applied to what the agent accepts and to what it dials outside of the pod.
 pub fn set_common_options(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(
@@ -123,18 +126,41 @@ fn set_listener_options(socket: &Socket) -> io::Result<()> {
 
 /// Opens the three listeners of a workload.
 pub(super) fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
-    let open = |port| {
-        let opened = netns.run(|| open_listener(port)).and_then(|inner| inner);
-        opened.map_err(|source| CaptureError::Listen {
-            port,
-            path: netns.path().to_owned(),
-            source,
-        })
-    };
     Ok(Listeners {
-        outbound: open(OUTBOUND_PORT)?,
-        plaintext: open(PLAINTEXT_PORT)?,
-        tunnel: open(TUNNEL_PORT)?,
+        outbound: open(netns, OUTBOUND_PORT)?,
+        plaintext: open(netns, PLAINTEXT_PORT)?,
+        tunnel: open(netns, TUNNEL_PORT)?,
+    })
+}
+
+/// Opens those anew that do not listen any more (`SOCK_DESTROY` ends listeners, too). Returns whether any was.
+pub(super) fn revive(
+    netns: &Netns,
+    listeners: Listeners,
+) -> Result<(Listeners, bool), CaptureError> {
+    let mut is_new = false;
+    let mut revive = |listener: TcpListener, port| {
+        if getsockopt(&listener, AcceptConn) == Ok(true) {
+            return Ok(listener);
+        }
+        // It has the port still, which two sockets may have while only one listens (`SO_REUSEADDR`, socket(7)).
+        is_new = true;
+        open(netns, port)
+    };
+    let listeners = Listeners {
+        outbound: revive(listeners.outbound, OUTBOUND_PORT)?,
+        plaintext: revive(listeners.plaintext, PLAINTEXT_PORT)?,
+        tunnel: revive(listeners.tunnel, TUNNEL_PORT)?,
+    };
+    Ok((listeners, is_new))
+}
+
+fn open(netns: &Netns, port: u16) -> Result<TcpListener, CaptureError> {
+    let opened = netns.run(|| open_listener(port)).and_then(|inner| inner);
+    opened.map_err(|source| CaptureError::Listen {
+        port,
+        path: netns.path().to_owned(),
+        source,
     })
 }
 

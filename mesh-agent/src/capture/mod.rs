@@ -21,6 +21,7 @@ mod error;
 pub mod flows;
 pub mod kernel;
 mod manager;
+mod netlink;
 pub mod steering;
 mod verdicts;
 

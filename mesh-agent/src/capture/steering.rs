@@ -3,7 +3,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -11,14 +12,14 @@ use mesh_ebpf::CAPTURE_MARK;
 use rtnetlink::{
     Handle, RouteMessageBuilder,
     packet_route::{
-        AddressFamily,
+        AddressFamily, RouteNetlinkMessage,
         route::{RouteMessage, RouteProtocol, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
 use serde::{Deserialize, Serialize};
 
-use super::error::CaptureError;
+use super::{error::CaptureError, netlink};
 use crate::sys::netns::Netns;
 
 /// Routing table of the capture route. Any number that nobody else uses; the kernel knows 253 to 255.
@@ -36,6 +37,10 @@ const SYSCTLS: [&str; 3] = [
     "/proc/sys/net/ipv4/fwmark_reflect",
     "/proc/sys/net/ipv6/fwmark_reflect",
 ];
+/// Room for their values, which are integers.
+const SYSCTL_BYTES: usize = 16;
+/// All of [`SYSCTLS`] are on with any value but this.
+const OFF: &str = "0";
 /// The one of [`SYSCTLS`] that a kernel without IPv6 lacks.
 const IPV6_SYSCTLS: &str = "/proc/sys/net/ipv6/";
 
@@ -48,7 +53,7 @@ impl FormerSysctls {
     /// The kernel's own defaults, for when nobody knows the former values.
     #[must_use]
     pub fn kernel_defaults() -> Self {
-        Self(SYSCTLS.map(|path| (path.to_owned(), "0".to_owned())).into())
+        Self(SYSCTLS.map(|path| (path.to_owned(), OFF.to_owned())).into())
     }
 }
 
@@ -101,57 +106,45 @@ pub async fn install(netns: &Netns, addresses: &[IpAddr]) -> Result<FormerSysctl
             .await
             .map_err(|error| failure(netns, "add the capture route")(error.to_string()))?;
     }
-    set_sysctls(netns)
+    in_namespace(netns, set_sysctls)?
 }
 
-/// Puts back what of [`install`] is missing. Returns whether anything was.
-pub async fn mend(netns: &Netns, addresses: &[IpAddr]) -> Result<bool, CaptureError> {
-    let handle = connect(netns)?;
-    let mut was_missing = add_rules(&handle, netns, addresses).await?;
-    for route in routes(addresses) {
-        let added = handle.route().add(route).execute().await;
-        was_missing |=
-            done(added, libc::EEXIST).map_err(failure(netns, "put back the capture route"))?;
-    }
-    let found = set_sysctls(netns)?;
-    was_missing |= found.0.values().any(|value| value != "1");
-    Ok(was_missing)
+/// Puts back what of [`install`] is missing. Returns whether anything was. This is asked of every workload every few
+/// seconds, so it takes one visit to the namespace and few system calls.
+pub fn mend(netns: &Netns, addresses: &[IpAddr]) -> Result<bool, CaptureError> {
+    let rules = families(addresses).map(rule_message);
+    let requests = rules.map(RouteNetlinkMessage::NewRule).chain(
+        routes(addresses)
+            .into_iter()
+            .map(RouteNetlinkMessage::NewRoute),
+    );
+    let (added, sysctls) = in_namespace(netns, || (netlink::add(requests), set_sysctls()))?;
+    let added = added.map_err(|error| {
+        failure(netns, "put back the capture rule and route")(error.to_string())
+    })?;
+    let changed = sysctls?.0.values().any(|value| value == OFF);
+    Ok(added || changed)
 }
 
-/// Returns whether any rule was not there before.
 async fn add_rules(
     handle: &Handle,
     netns: &Netns,
     addresses: &[IpAddr],
-) -> Result<bool, CaptureError> {
-    let mut was_missing = false;
+) -> Result<(), CaptureError> {
     for family in families(addresses) {
-        let added = handle.rule().add();
-        let mut rule = added
-            .fw_mark(CAPTURE_MARK)
-            .table_id(ROUTE_TABLE)
-            .priority(RULE_PRIORITY)
-            .action(RuleAction::ToTable);
-        rule.message_mut().header.family = family;
-        rule.message_mut()
-            .attributes
-            .push(RuleAttribute::FwMask(CAPTURE_MARK));
-        let result = match family {
-            AddressFamily::Inet => rule.v4().execute().await,
-            _ => rule.v6().execute().await,
-        };
-        was_missing |=
-            done(result, libc::EEXIST).map_err(failure(netns, "add the capture rule"))?;
+        let mut added = handle.rule().add();
+        *added.message_mut() = rule_message(family);
+        let result = added.execute().await;
+        done(result, libc::EEXIST).map_err(failure(netns, "add the capture rule"))?;
     }
-    Ok(was_missing)
+    Ok(())
 }
 
-/// Returns the former values.
-fn set_sysctls(netns: &Netns) -> Result<FormerSysctls, CaptureError> {
+/// Sets those of the calling thread's namespace. Returns the former values.
+fn set_sysctls() -> Result<FormerSysctls, CaptureError> {
     let mut former = FormerSysctls(BTreeMap::new());
     for path in SYSCTLS {
-        let read = in_namespace(netns, || fs::read_to_string(path))?;
-        let value = match read {
+        let value = match read_sysctl(path) {
             Ok(value) => value,
             Err(error)
                 if error.kind() == io::ErrorKind::NotFound && path.starts_with(IPV6_SYSCTLS) =>
@@ -160,10 +153,20 @@ fn set_sysctls(netns: &Netns) -> Result<FormerSysctls, CaptureError> {
             }
             Err(error) => return Err(CaptureError::file("read", path)(error)),
         };
-        in_namespace(netns, || fs::write(path, "1"))?.map_err(CaptureError::file("set", path))?;
-        former.0.insert(path.to_owned(), value.trim().to_owned());
+        if value == OFF {
+            fs::write(path, "1").map_err(CaptureError::file("set", path))?;
+        }
+        former.0.insert(path.to_owned(), value);
     }
     Ok(former)
+}
+
+/// The kernel gives the whole value to one read(2) (fs/proc/proc_sysctl.c).
+fn read_sysctl(path: &str) -> io::Result<String> {
+    let mut buffer = [0; SYSCTL_BYTES];
+    let length = fs::File::open(path)?.read(&mut buffer)?;
+    let value = buffer.get(..length).unwrap_or_default();
+    Ok(String::from_utf8_lossy(value).trim().to_owned())
 }
 
 /// Undoes [`install`]. Goes on after a failure, so that as much as possible is undone, and reports the first one.

@@ -1,6 +1,13 @@
 //! Accepting: from a listener to the worker that will carry the connection.
 
-use std::{io, net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Instant};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::pin,
+    rc::Rc,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -10,16 +17,21 @@ use tokio::{
 use super::{
     inbound,
     limits::ACCEPT_BACKOFF,
-    outbound, relay, unmapped,
-    worker::{Admission, Refused, Served, Worker},
+    outbound, relay,
+    served::Served,
+    unmapped,
+    worker::{Admission, Refused, Worker},
 };
 use crate::telemetry::{CloseReason, ConnectionInfo, Direction, Limit, Party, Security};
 
 /// What a listener is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// Captured connections of the workload.
     Outbound,
+    /// Captured connections to the workload.
     Plaintext,
+    /// Tunnels to the workload.
     Tunnel,
 }
 
@@ -32,29 +44,55 @@ pub(super) struct Accepted {
     admission: Admission,
 }
 
-/// Accepts until the workload is no longer served. Errors of the system are waited out, never spun on.
-pub(super) async fn listen(
-    worker: Rc<Worker>,
+/// Accepts on a task of its own until the workload is no longer served.
+pub(super) fn listen(
+    worker: &Rc<Worker>,
     listener: std::net::TcpListener,
     kind: Kind,
     served: Arc<Served>,
 ) {
     let listener = match TcpListener::from_std(listener) {
-        Ok(listener) => listener,
+        Ok(listener) => Rc::new(listener),
         Err(error) => {
             tracing::error!(%error, ?kind, workload = %served.local.name, "cannot watch a listener");
             return;
         }
     };
+    let mut listeners = worker.listeners.borrow_mut();
+    listeners.push((served.id, kind, listener.clone()));
+    drop(listeners);
+    let own = worker.clone();
+    worker.spawn(async move {
+        accept_until_stopped(&own, &listener, kind, &served).await;
+        let mut listeners = own.listeners.borrow_mut();
+        listeners.retain(|(id, other, _)| (*id, *other) != (served.id, kind));
+    });
+}
+
+/// Errors of the system are waited out, never spun on.
+async fn accept_until_stopped(
+    worker: &Rc<Worker>,
+    listener: &TcpListener,
+    kind: Kind,
+    served: &Arc<Served>,
+) {
     let mut stopped = pin!(served.stop.cancelled());
     loop {
         let next = tokio::select! {
+            // First: once another agent accepts, what waits is for that one, which will be there longer.
+            biased;
             () = &mut stopped => return,
             next = listener.accept() => next,
         };
         match next {
-            Ok((socket, peer)) => accepted(&worker, &served, kind, socket, unmapped(peer)),
+            Ok((socket, peer)) => accepted(worker, served, kind, socket, unmapped(peer)),
             Err(error) if belongs_to_one_connection(&error) => {}
+            // It does not listen (any more), accept(2).
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                tracing::error!(?kind, workload = %served.local.name, "a listener was ended behind the agent's back");
+                served.lost_listener.store(true, Ordering::Release);
+                return stopped.await;
+            }
             Err(error) => {
                 worker.context.telemetry.limits.reached(Limit::Accept);
                 if let Some(held_back) = worker.accept_failures.line(Instant::now()) {
@@ -178,10 +216,6 @@ fn start(
     peer: SocketAddr,
     admission: Admission,
 ) {
-    if let Err(error) = socket.set_nodelay(true) {
-        tracing::debug!(%error, ?kind, "accepted socket is gone already");
-        return;
-    }
     let own = worker.clone();
     match kind {
         Kind::Outbound => worker.spawn(outbound::serve(own, socket, peer, admission)),

@@ -18,7 +18,6 @@ use tokio::{
     net::TcpStream,
     time::{MissedTickBehavior, interval, timeout, timeout_at},
 };
-use tokio_rustls::server::TlsStream;
 
 use super::{
     OWN_PORTS,
@@ -27,13 +26,14 @@ use super::{
     never_a_destination,
     registry::{Judged, Registered},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
+    served::Served,
     tunnel::{
         Incoming, TunnelError, TunnelServer, TunnelStream,
         headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
-        transport::{ReadAhead, accept_tls},
+        transport::accept_tls,
     },
     unmapped,
-    worker::{Admission, Refused, Served, Worker},
+    worker::{Admission, Refused, Worker},
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
@@ -195,14 +195,12 @@ enum HandshakeError {
     Tunnel(#[from] TunnelError),
 }
 
-type TunnelSocket = TlsStream<ReadAhead<TcpStream>>;
-
 /// TLS and the HTTP/2 preface, each with its deadline: a silent or dribbling client must not stay.
 async fn shake_hands(
     worker: &Worker,
     local: &LocalWorkload,
     socket: TcpStream,
-) -> Result<(Identity, ClientProof, TunnelServer<TunnelSocket>), HandshakeError> {
+) -> Result<(Identity, ClientProof, TunnelServer<TcpStream>), HandshakeError> {
     let context = &worker.context;
     let deadline = tokio::time::Instant::now() + context.limits.time.handshake;
     let Some(workload) = local.workload.load_full() else {
@@ -221,7 +219,7 @@ async fn shake_hands(
         }
     };
     let began = Instant::now();
-    let shaken = accept_tls(certified.server.clone(), socket, deadline).await;
+    let shaken = accept_tls(context.codec, certified.server.clone(), socket, deadline).await;
     let late = |limit| {
         move |error: &TunnelError| {
             if matches!(error, TunnelError::TimedOut(_)) {
@@ -229,15 +227,15 @@ async fn shake_hands(
             }
         }
     };
-    let stream = shaken.inspect_err(late(Limit::HandshakeDeadline))?;
+    let secured = shaken.inspect_err(late(Limit::HandshakeDeadline))?;
     context
         .telemetry
         .observe_handshake(Direction::Inbound, began.elapsed());
-    let chain = stream.get_ref().1.peer_certificates();
+    let chain = secured.peer_certificates();
     let identity = peer_identity(chain).ok_or(HandshakeError::NoIdentity)?;
     let proof = ClientProof::new(chain.unwrap_or_default(), &certified)
         .ok_or(HandshakeError::NoIdentity)?;
-    let server = TunnelServer::handshake(context.codec, stream, &context.limits).await;
+    let server = TunnelServer::handshake(secured, &context.limits).await;
     let server = server.inspect_err(late(Limit::FirstFrameDeadline))?;
     Ok((identity, proof, server))
 }
@@ -248,7 +246,7 @@ async fn serve_streams(
     registered: &Registered,
     ends: TunnelEnds,
     mut proof: ClientProof,
-    mut server: TunnelServer<TunnelSocket>,
+    mut server: TunnelServer<TcpStream>,
 ) {
     let ends = Rc::new(ends);
     let mut stopped = pin!(served.stop.cancelled());
@@ -284,6 +282,11 @@ async fn serve_streams(
                     ends.clone(),
                     incoming,
                 ));
+            }
+            Some(Err(error @ TunnelError::Abuse(_))) => {
+                worker.shared.refuse(Limit::TunnelAbuse);
+                tracing::warn!(%error, peer = %ends.identity, "a client's tunnel was closed");
+                return;
             }
             Some(Err(error)) => {
                 tracing::debug!(%error, peer = %ends.identity, "tunnel ended");
@@ -321,11 +324,12 @@ async fn serve_connect(
         open,
     } = connected;
     let idle = worker.context.limits.time.half_close_idle;
-    let end = relay_tunnel(app, stream, &InboundMeter(&open), registered.signal(), idle).await;
+    let meter = Rc::new(InboundMeter(open));
+    let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
     if let Some(statistics) = ends.tcp_statistics() {
-        open.observe_tcp(statistics);
+        meter.0.observe_tcp(statistics);
     }
-    open.finish(close_reason(end));
+    meter.0.finish(close_reason(end));
 }
 
 /// A CONNECT stream that was answered with 200.
@@ -446,8 +450,9 @@ pub(super) async fn serve_plaintext(
         .observe_connect(Direction::Inbound, Security::None, began.elapsed());
     let open = worker.context.telemetry.open(info);
     let idle = worker.context.limits.time.half_close_idle;
-    let end = relay_tcp(app, client, &InboundMeter(&open), registered.signal(), idle).await;
-    open.finish(close_reason(end));
+    let meter = InboundMeter(open);
+    let end = relay_tcp(app, client, &meter, registered.signal(), idle).await;
+    meter.0.finish(close_reason(end));
 }
 
 /// The application is near, the client far.
@@ -461,9 +466,9 @@ fn close_reason(end: End) -> CloseReason {
     }
 }
 
-struct InboundMeter<'a>(&'a OpenConnection);
+struct InboundMeter(OpenConnection);
 
-impl Meter for InboundMeter<'_> {
+impl Meter for InboundMeter {
     fn near_to_far(&self, bytes: usize) {
         self.0.add_received(bytes as u64);
     }

@@ -19,20 +19,23 @@ mod accept;
 pub mod balance;
 pub mod buffers;
 pub mod connect;
+pub mod handover;
 pub mod inbound;
 pub mod limits;
 pub mod outbound;
 pub mod pool;
 pub mod registry;
 pub mod relay;
+mod served;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod tunnel;
 pub mod worker;
 
 pub use limits::Limits;
+pub use served::ServeHandle;
 pub use tunnel::TunnelCodec;
-pub use worker::{ServeHandle, WorkerError, Workers};
+pub use worker::{WorkerError, Workers};
 
 /// Ports of the proxy itself inside a workload's namespace: never a destination of proxied traffic.
 pub const OWN_PORTS: [u16; 3] = [OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT];

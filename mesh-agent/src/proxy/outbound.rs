@@ -117,9 +117,10 @@ impl OutboundError {
                 }
                 TunnelError::NoCertificate(_) => CloseReason::NoCertificate,
                 TunnelError::Limit => CloseReason::Limit,
-                TunnelError::Tls(_) | TunnelError::Protocol(_) | TunnelError::NotTaken => {
-                    CloseReason::TunnelFailed
-                }
+                TunnelError::Tls(_)
+                | TunnelError::Protocol(_)
+                | TunnelError::Abuse(_)
+                | TunnelError::NotTaken => CloseReason::TunnelFailed,
             },
         }
     }
@@ -175,20 +176,20 @@ pub(super) async fn serve(
         .observe_connect(Direction::Outbound, info.security, began.elapsed());
     let open = worker.context.telemetry.open(info);
     let idle = worker.context.limits.time.half_close_idle;
-    let meter = OutboundMeter(&open);
+    let meter = Rc::new(OutboundMeter(open));
     let end = match upstream {
         Upstream::Tunnel(stream, lease) => {
             let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
             if let Some(statistics) = lease.tunnel().tcp_statistics() {
-                open.observe_tcp(statistics);
+                meter.0.observe_tcp(statistics);
             }
             end
         }
         Upstream::Plain(upstream) => {
-            relay_tcp(app, upstream, &meter, registered.signal(), idle).await
+            relay_tcp(app, upstream, &*meter, registered.signal(), idle).await
         }
     };
-    open.finish(close_reason(end));
+    meter.0.finish(close_reason(end));
 }
 
 fn close_reason(end: End) -> CloseReason {
@@ -201,9 +202,9 @@ fn close_reason(end: End) -> CloseReason {
     }
 }
 
-struct OutboundMeter<'a>(&'a OpenConnection);
+struct OutboundMeter(OpenConnection);
 
-impl Meter for OutboundMeter<'_> {
+impl Meter for OutboundMeter {
     fn near_to_far(&self, bytes: usize) {
         self.0.add_sent(bytes as u64);
     }

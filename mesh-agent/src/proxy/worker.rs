@@ -10,7 +10,7 @@ use std::{
     rc::Rc,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
@@ -22,7 +22,7 @@ use prometheus::IntCounter;
 use tokio::{
     sync::{Notify, mpsc},
     task::LocalSet,
-    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -30,13 +30,15 @@ use super::{
     ProxyContext,
     accept::{self, Accepted, Kind},
     balance::{BalanceLimits, Balancer},
-    connect::Dialer,
+    connect::{Dialer, Source},
+    handover::{HeldTunnel, Lent, Shown},
     limits::{
         FAILURE_LINES, HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
         RESTART_PAUSE, SWEEP_INTERVAL,
     },
-    pool::Pool,
+    pool::{Pool, PoolKey},
     registry::Registry,
+    served::{ServeHandle, Served, wait_zero},
 };
 use crate::{
     capture::{ConnectionGuard, Listeners, LocalWorkload},
@@ -45,7 +47,7 @@ use crate::{
 };
 
 /// After the drain deadline connections are told to end; this is how long they have for it.
-const FORCED_CLOSE_WAIT: Duration = Duration::from_secs(1);
+pub(super) const FORCED_CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 /// Why workers cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +58,15 @@ pub enum WorkerError {
     /// A worker has ended or is hopelessly behind with its orders.
     #[error("worker {0} takes no orders")]
     NoOrders(usize),
+    /// A worker is hopelessly busy.
+    #[error("a worker did not answer within {0:?}")]
+    Silent(Duration),
+    /// A listener cannot be copied. Look at the limit of descriptors.
+    #[error("cannot copy a listener: {0}")]
+    Lend(#[source] std::io::Error),
+    /// A listener could not be watched when its workload was enrolled; the log of that time says why.
+    #[error("a workload has no {0:?} listener")]
+    NoListener(Kind),
 }
 
 /// All workers. Cheap to clone; the threads end when the last clone is dropped.
@@ -91,7 +102,7 @@ struct Mailbox {
 }
 
 #[derive(Debug)]
-enum Order {
+pub(super) enum Order {
     Listen {
         listener: TcpListener,
         kind: Kind,
@@ -101,18 +112,17 @@ enum Order {
         served: Option<u64>,
         reason: CloseReason,
     },
+    /// Give copies of all listeners.
+    Lend(mpsc::Sender<Vec<Result<Lent, WorkerError>>>),
+    /// Tell which tunnels are open.
+    Tunnels(mpsc::Sender<Vec<HeldTunnel>>),
+    /// Have a tunnel open.
+    Warm {
+        key: Box<PoolKey>,
+        source: Box<Source>,
+        done: mpsc::Sender<bool>,
+    },
     Exit,
-}
-
-/// A workload whose listeners are served.
-#[derive(Debug)]
-pub(super) struct Served {
-    pub id: u64,
-    pub local: Arc<LocalWorkload>,
-    /// Accept no more; tunnels say GOAWAY.
-    pub stop: CancellationToken,
-    live: AtomicUsize,
-    empty: Notify,
 }
 
 impl Workers {
@@ -180,6 +190,7 @@ impl Workers {
             id: self.inner.next_served.fetch_add(1, Ordering::Relaxed),
             local,
             stop: self.inner.stop.child_token(),
+            lost_listener: AtomicBool::new(false),
             live: AtomicUsize::new(0),
             empty: Notify::new(),
         });
@@ -216,7 +227,7 @@ impl Workers {
     pub async fn drain(&self, deadline: Duration) -> usize {
         self.inner.stop.cancel();
         self.inner.shared.wait_empty(deadline).await;
-        let left = self.inner.shared.total.load(Ordering::Acquire);
+        let left = self.live();
         if left > 0 {
             self.inner.shared.close(None, CloseReason::Drained);
             self.inner.shared.wait_empty(FORCED_CLOSE_WAIT).await;
@@ -239,6 +250,21 @@ impl Workers {
                 tracing::error!("a worker thread had panicked");
             }
         }
+    }
+
+    /// How many there are; at least one.
+    pub(super) fn count(&self) -> usize {
+        self.inner.shared.mailboxes.len()
+    }
+
+    pub(super) fn order(&self, index: usize, order: Order) -> Result<(), WorkerError> {
+        self.inner.shared.order(index, order)
+    }
+
+    /// Connections and tunnels that were accepted and have not ended.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        self.inner.shared.total.load(Ordering::Acquire)
     }
 
     /// Connections and streams on each worker now.
@@ -268,60 +294,6 @@ impl Drop for Inner {
     }
 }
 
-/// Keeps one workload served. Dropped, it stops accepting; connections that are open go on.
-#[derive(Debug)]
-pub struct ServeHandle {
-    served: Arc<Served>,
-    shared: Arc<Shared>,
-}
-
-impl ServeHandle {
-    /// Stops accepting and closes the listeners; tunnels take no more streams; what is open goes on.
-    pub fn stop(&self) {
-        self.served.stop.cancel();
-    }
-
-    /// Connections open now, tunnels included.
-    #[must_use]
-    pub fn live(&self) -> usize {
-        self.served.live.load(Ordering::Acquire)
-    }
-
-    /// Stops accepting, lets connections finish until `deadline` has passed, then closes the rest. Returns how many
-    /// had to be closed.
-    pub async fn drain(self, deadline: Duration) -> usize {
-        self.stop();
-        wait_zero(&self.served.live, &self.served.empty, deadline).await;
-        let left = self.live();
-        if left > 0 {
-            self.shared
-                .close(Some(self.served.id), CloseReason::Drained);
-            wait_zero(&self.served.live, &self.served.empty, FORCED_CLOSE_WAIT).await;
-        }
-        left
-    }
-}
-
-impl Drop for ServeHandle {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-async fn wait_zero(count: &AtomicUsize, empty: &Notify, limit: Duration) {
-    // At the limit the caller looks at the count itself.
-    let _ = timeout(limit, async {
-        loop {
-            let notified = empty.notified();
-            if count.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            notified.await;
-        }
-    })
-    .await;
-}
-
 impl Shared {
     fn order(&self, index: usize, order: Order) -> Result<(), WorkerError> {
         let mailbox = self
@@ -334,7 +306,7 @@ impl Shared {
         })
     }
 
-    fn close(&self, served: Option<u64>, reason: CloseReason) {
+    pub fn close(&self, served: Option<u64>, reason: CloseReason) {
         for index in 0..self.mailboxes.len() {
             if let Err(error) = self.order(index, Order::Close { served, reason }) {
                 tracing::error!(%error, "cannot close connections");
@@ -465,6 +437,7 @@ pub(super) struct Worker {
     pub shared: Arc<Shared>,
     pub pool: Rc<Pool<Dialer>>,
     pub registry: Rc<Registry>,
+    pub listeners: Shown,
     pub balancer: RefCell<Balancer>,
     pub handshakes: SourceCounts,
     pub tunnels: SourceCounts,
@@ -476,12 +449,14 @@ impl Worker {
     /// Runs a connection as a task of its own; a panic costs that connection only.
     pub fn spawn(&self, connection: impl Future<Output = ()> + 'static) {
         let telemetry = self.context.telemetry.clone();
-        tokio::task::spawn_local(async move {
-            if AssertUnwindSafe(connection).catch_unwind().await.is_err() {
+        // Not an async block, which would hold the connection's state twice: as captured and as awaited.
+        let contained = AssertUnwindSafe(connection).catch_unwind();
+        tokio::task::spawn_local(contained.map(move |outcome| {
+            if outcome.is_err() {
                 telemetry.agent.panics.inc();
                 tracing::error!("a connection ended in a panic");
             }
-        });
+        }));
     }
 }
 
@@ -497,6 +472,7 @@ async fn run(
         index,
         pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
         registry: Rc::new(Registry::default()),
+        listeners: Shown::default(),
         balancer: RefCell::new(Balancer::new(rand::random(), BalanceLimits::default())),
         handshakes: SourceCounts::default(),
         tunnels: SourceCounts::default(),
@@ -519,9 +495,12 @@ async fn run(
             Some(accepted) = sockets.recv() => accept::adopt(&worker, accepted),
             order = orders.recv() => match order {
                 Some(Order::Listen { listener, kind, served }) => {
-                    worker.spawn(accept::listen(worker.clone(), listener, kind, served));
+                    accept::listen(&worker, listener, kind, served);
                 }
                 Some(Order::Close { served, reason }) => worker.registry.close(served, reason),
+                Some(Order::Lend(answers)) => worker.lend(&answers),
+                Some(Order::Tunnels(answers)) => worker.tell_tunnels(&answers),
+                Some(Order::Warm { key, source, done }) => worker.warm(key, source, done),
                 Some(Order::Exit) | None => return,
             },
         }

@@ -112,6 +112,8 @@ pub struct AgentMetrics {
     pub workloads: IntGauge,
     /// Panics that ended one connection or one task.
     pub panics: IntCounter,
+    draining: IntGauge,
+    draining_connections: IntGauge,
 }
 
 impl AgentMetrics {
@@ -134,7 +136,24 @@ impl AgentMetrics {
                 "weft_agent_panics_total",
                 "Panics contained to one connection or task",
             ),
+            draining: gauge(
+                registry,
+                "weft_draining_agents",
+                "Replaced agents of this node that still serve connections",
+            ),
+            draining_connections: gauge(
+                registry,
+                "weft_draining_connections",
+                "Connections and tunnels that replaced agents of this node still serve",
+            ),
         }
+    }
+
+    /// What agents that this one has replaced still do.
+    pub fn set_draining(&self, agents: usize, connections: u64) {
+        self.draining.set(i64::try_from(agents).unwrap_or(i64::MAX));
+        self.draining_connections
+            .set(i64::try_from(connections).unwrap_or(i64::MAX));
     }
 }
 
@@ -246,11 +265,13 @@ pub enum Limit {
     HandshakeDeadline,
     /// Time for a client's HTTP/2 preface.
     FirstFrameDeadline,
+    /// What a client may do to a tunnel: frames that carry nothing, streams reset at once, long headers and the like.
+    TunnelAbuse,
 }
 
 impl Limit {
     /// Every limit.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Accept,
         Self::ConnectionsPerNode,
         Self::ConnectionsPerWorkload,
@@ -261,6 +282,7 @@ impl Limit {
         Self::OrderQueue,
         Self::HandshakeDeadline,
         Self::FirstFrameDeadline,
+        Self::TunnelAbuse,
     ];
 
     /// The label value.
@@ -277,6 +299,7 @@ impl Limit {
             Self::OrderQueue => "order_queue",
             Self::HandshakeDeadline => "handshake_deadline",
             Self::FirstFrameDeadline => "first_frame_deadline",
+            Self::TunnelAbuse => "tunnel_abuse",
         }
     }
 }

@@ -20,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{PORT, PRIVATE_PORT, World, identity, within};
+use super::{CODECS, PORT, PRIVATE_PORT, World, identity, within};
 use crate::{
     peer::{self, Credentials, DAY_S, Forgery, LIMIT, TUNNEL_PORT},
     raw::{self, Answer},
@@ -126,7 +126,14 @@ fn private_server(world: &World, pod: &Pod) -> Result<Running> {
 
 #[test]
 fn strangers_get_nowhere_while_an_honest_client_is_served() -> Result<()> {
-    let world = World::start()?;
+    for codec in CODECS {
+        strangers_get_nowhere(codec).context(codec)?;
+    }
+    Ok(())
+}
+
+fn strangers_get_nowhere(codec: &str) -> Result<()> {
+    let world = World::start(codec)?;
     let lab = &world.lab;
     let (victim, neighbour, evil) = (lab.pod("victim")?, lab.pod("neighbour")?, lab.pod("evil")?);
     let server = Server::start(lab, victim, PORT)?;
@@ -188,7 +195,7 @@ fn attack(
 }
 
 /// Clients that talk, one round after the other, until the attacks are over. Returns the rounds.
-fn honest_clients(world: &World, to: SocketAddr, over: &AtomicBool) -> Result<u64> {
+pub fn honest_clients(world: &World, to: SocketAddr, over: &AtomicBool) -> Result<u64> {
     let (web, mut rounds) = (world.lab.pod("web")?, 0);
     while !over.load(Ordering::Relaxed) {
         let connections = HONEST_CONNECTIONS.to_string();

@@ -9,14 +9,19 @@ use tokio::{
 
 use crate::peer::LIMIT;
 
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
-const GOAWAY: u8 = 7;
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const PRIORITY: u8 = 2;
+pub const RST_STREAM: u8 = 3;
+pub const SETTINGS: u8 = 4;
+pub const PING: u8 = 6;
+pub const GOAWAY: u8 = 7;
+pub const WINDOW_UPDATE: u8 = 8;
+pub const CONTINUATION: u8 = 9;
 const ACK: u8 = 1;
-const END_HEADERS: u8 = 4;
+pub const END_HEADERS: u8 = 4;
+pub const PADDED: u8 = 8;
 /// RFC 7541 appendix A: `:status 200` is entry 8 of the static table.
 const STATUS_200: u8 = 0x88;
 
@@ -81,11 +86,13 @@ where
     }
 }
 
-/// Answers PINGs until GOAWAY comes. The streams that are open must stay so.
-pub async fn until_goaway<S>(stream: &mut S) -> Result<()>
+/// Answers PINGs until a frame of this kind (and these flags) comes. The first stream must stay open. Returns whether
+/// another stream was accepted meanwhile.
+async fn until<S>(stream: &mut S, wanted: (u8, u8)) -> Result<bool>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
+    let mut accepted = false;
     loop {
         let mut head = [0; 9];
         stream.read_exact(&mut head).await?;
@@ -93,16 +100,45 @@ where
         let mut payload = vec![0; length];
         stream.read_exact(&mut payload).await?;
         match (head[3], head[4]) {
+            seen if seen == wanted => return Ok(accepted),
             (PING, 0) => {
                 let mut bytes = Vec::new();
                 frame(&mut bytes, PING, ACK, 0, &payload);
                 stream.write_all(&bytes).await?;
             }
-            (GOAWAY, _) => return Ok(()),
-            (RST_STREAM, _) => bail!("an open stream was reset"),
+            (RST_STREAM, _) if head[8] == 1 => bail!("the open stream was reset"),
+            (HEADERS, _) => accepted |= is_200(&payload),
             _ => {}
         }
     }
+}
+
+/// Waits for GOAWAY on a connection whose first stream is open.
+pub async fn until_goaway<S>(stream: &mut S) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    until(stream, (GOAWAY, 0)).await.map(drop)
+}
+
+/// Whether another stream is accepted. PINGs frame the question, so that no answer is an answer, and so that a server
+/// that says GOAWAY twice, with a PING between (RFC 9113 section 6.8), has said it.
+pub async fn takes_another<S>(stream: &mut S, fields: &[(&[u8], &[u8])]) -> Result<bool>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut accepted = false;
+    for ask in [false, true] {
+        let mut bytes = Vec::new();
+        if ask {
+            frame(&mut bytes, HEADERS, END_HEADERS, 3, &header_block(fields)?);
+        }
+        frame(&mut bytes, PING, 0, 0, b"question");
+        stream.write_all(&bytes).await?;
+        stream.flush().await?;
+        accepted |= until(stream, (PING, ACK)).await?;
+    }
+    Ok(accepted)
 }
 
 /// The status is the first field; updates of the dynamic table's size (`001xxxxx`) may precede it.
@@ -111,7 +147,8 @@ fn is_200(block: &[u8]) -> bool {
     first == Some(&STATUS_200)
 }
 
-fn frame(bytes: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+/// Appends a frame.
+pub fn frame(bytes: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
     let length = u32::try_from(payload.len())
         .unwrap_or(u32::MAX)
         .to_be_bytes();
@@ -122,7 +159,7 @@ fn frame(bytes: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) 
 }
 
 /// Literal fields without indexing, names and values as they are (RFC 7541 section 6.2.2).
-fn header_block(fields: &[(&[u8], &[u8])]) -> Result<Vec<u8>> {
+pub fn header_block(fields: &[(&[u8], &[u8])]) -> Result<Vec<u8>> {
     let mut block = Vec::new();
     for (name, value) in fields {
         block.push(0);

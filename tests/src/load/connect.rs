@@ -1,10 +1,9 @@
-//! Connections rather than bytes: how many can be made, what one costs, what an idle one holds.
+//! Connections rather than bytes: how many can be made, and what one costs.
 
 use std::{
-    fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
-    path::{Path, PathBuf},
+    path::PathBuf,
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -14,7 +13,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use super::{ANSWER_LIMIT, PING_BYTES};
-use crate::{histogram::Histogram, wait};
+use crate::{cgroup, histogram::Histogram, wait};
 
 /// Failures after which a run is worthless.
 const ERRORS_MAX: u64 = 100;
@@ -44,14 +43,27 @@ pub struct RateReport {
     pub p99_us: f64,
 }
 
-/// Connects, plays one ping-pong and closes, on `concurrency` threads.
+/// Connects, plays one ping-pong and closes, on `concurrency` threads, which go through the addresses in turn, each
+/// from another one on.
 ///
 /// # Errors
-/// More than 100 connections failed.
-pub fn rate(address: SocketAddr, concurrency: usize, duration: Duration) -> Result<RateReport> {
+/// More than 100 connections failed, or there is no address.
+pub fn rate(
+    addresses: &[SocketAddr],
+    concurrency: usize,
+    duration: Duration,
+) -> Result<RateReport> {
+    if addresses.is_empty() {
+        bail!("no address to connect to");
+    }
     let start = Instant::now();
     let workers: Vec<_> = (0..concurrency)
-        .map(|_| thread::spawn(move || worker(address, start + duration)))
+        .map(|number| {
+            let mut addresses = addresses.to_vec();
+            let first = number % addresses.len();
+            addresses.rotate_left(first);
+            thread::spawn(move || worker(&addresses, start + duration))
+        })
         .collect();
     let (mut times, mut errors) = (Histogram::default(), 0);
     for worker in workers {
@@ -70,12 +82,12 @@ pub fn rate(address: SocketAddr, concurrency: usize, duration: Duration) -> Resu
     })
 }
 
-fn worker(address: SocketAddr, end: Instant) -> Result<(Histogram, u64)> {
+fn worker(addresses: &[SocketAddr], end: Instant) -> Result<(Histogram, u64)> {
     let (mut times, mut errors) = (Histogram::default(), 0);
-    loop {
+    for &address in addresses.iter().cycle() {
         let started = Instant::now();
         if started >= end {
-            return Ok((times, errors));
+            break;
         }
         match ping(address, ANSWER_LIMIT) {
             Ok(stream) => {
@@ -90,10 +102,11 @@ fn worker(address: SocketAddr, end: Instant) -> Result<(Histogram, u64)> {
             }
         }
     }
+    Ok((times, errors))
 }
 
 /// A new connection on which one ping was answered.
-fn ping(address: SocketAddr, limit: Duration) -> Result<TcpStream> {
+pub(super) fn ping(address: SocketAddr, limit: Duration) -> Result<TcpStream> {
     let mut stream = TcpStream::connect_timeout(&address, limit)
         .with_context(|| format!("cannot connect to {address}"))?;
     stream.set_read_timeout(Some(limit))?;
@@ -102,16 +115,6 @@ fn ping(address: SocketAddr, limit: Duration) -> Result<TcpStream> {
     let mut pong = [0; PING_BYTES];
     stream.read_exact(&mut pong).context("no pong")?;
     Ok(stream)
-}
-
-/// Connections that are open and have played one ping-pong each.
-///
-/// # Errors
-/// One cannot be made.
-pub fn hold(address: SocketAddr, connections: usize) -> Result<Vec<TcpStream>> {
-    (0..connections)
-        .map(|_| ping(address, ANSWER_LIMIT))
-        .collect()
 }
 
 /// When a ping was answered for the first time, as the machine's clock shows it.
@@ -183,7 +186,9 @@ pub fn cost(
     let end = Instant::now() + duration;
     while Instant::now() < end {
         for (room, times) in rooms.iter().zip(&mut times) {
-            join(room)?;
+            if !room.as_os_str().is_empty() {
+                cgroup::join(room)?;
+            }
             for _ in 0..BATCH {
                 times.push(once(address)?);
             }
@@ -200,14 +205,6 @@ pub fn cost(
 fn median(times: &mut [Duration]) -> Duration {
     times.sort_unstable();
     times.get(times.len() / 2).copied().unwrap_or_default()
-}
-
-fn join(cgroup: &Path) -> Result<()> {
-    if cgroup.as_os_str().is_empty() {
-        return Ok(());
-    }
-    let procs = cgroup.join("cgroup.procs");
-    fs::write(&procs, "0").with_context(|| format!("cannot join through {}", procs.display()))
 }
 
 fn once(address: SocketAddr) -> Result<Duration> {
@@ -236,7 +233,7 @@ mod tests {
     fn server() -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("bound");
-        thread::spawn(move || echo::serve::<Echo>(&listener));
+        thread::spawn(move || echo::serve::<Echo>(&[listener]));
         address
     }
 
@@ -249,7 +246,8 @@ mod tests {
 
     #[test]
     fn connections_are_counted_and_timed() {
-        let report = rate(server(), 2, Duration::from_millis(50)).expect("a run");
+        let servers = [server(), server(), server()];
+        let report = rate(&servers, 2, Duration::from_millis(50)).expect("a run");
         assert!(
             report.connections > 0 && report.errors == 0 && report.p50_us > 0.0,
             "{report:?}"
@@ -257,20 +255,17 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_server_ends_the_run() {
-        let error = rate(nobody(), 1, Duration::from_secs(60)).expect_err("nobody listens");
+    fn every_address_has_its_turn() {
+        let (near, far) = (server(), nobody());
+        let error = rate(&[near, far], 1, Duration::from_secs(60)).expect_err("one is dead");
         assert!(error.to_string().contains("cannot connect"), "{error:#}");
+        assert!(rate(&[], 1, Duration::ZERO).is_err());
     }
 
     #[test]
-    fn held_connections_stay_open() {
-        let mut held = hold(server(), 5).expect("five connections");
-        for stream in &mut held {
-            stream.write_all(&[1; PING_BYTES]).expect("still open");
-            stream
-                .read_exact(&mut [0; PING_BYTES])
-                .expect("still answered");
-        }
+    fn a_dead_server_ends_the_run() {
+        let error = rate(&[nobody()], 1, Duration::from_secs(60)).expect_err("nobody listens");
+        assert!(error.to_string().contains("cannot connect"), "{error:#}");
     }
 
     #[test]

@@ -10,9 +10,6 @@ use anyhow::{Context as _, Result};
 
 use super::epoll::{Outbox, Ready, read_some};
 
-/// The listener's number; connections count from the next on.
-const LISTENER: u64 = 0;
-
 /// Bytes per read: requests and pings fit many times.
 const READ_BYTES: usize = 16 * 1024;
 
@@ -39,20 +36,23 @@ struct Connection<A> {
     blocked: bool,
 }
 
-/// Serves a listener for ever.
+/// Serves listeners for ever. They have the first numbers, connections those after.
 ///
 /// # Errors
-/// Only of the listener and of epoll; a connection's error ends that connection.
-pub fn serve<A: Answer>(listener: &TcpListener) -> Result<()> {
-    listener.set_nonblocking(true)?;
+/// Only of the listeners and of epoll; a connection's error ends that connection.
+pub fn serve<A: Answer>(listeners: &[TcpListener]) -> Result<()> {
     let mut ready = Ready::new()?;
-    ready.watch(listener, LISTENER)?;
+    let mut number = 0;
+    for listener in listeners {
+        listener.set_nonblocking(true)?;
+        ready.watch(listener, number)?;
+        number += 1;
+    }
     let mut connections: HashMap<u64, Connection<A>> = HashMap::new();
-    let mut number = LISTENER;
     let mut buffer = vec![0; READ_BYTES];
     loop {
         for source in ready.wait(None)? {
-            if source == LISTENER {
+            if let Some(listener) = listeners.get(usize::try_from(source)?) {
                 accept(listener, &ready, &mut connections, &mut number)?;
             } else if let Some(connection) = connections.get_mut(&source)
                 && !matches!(turn(connection, source, &ready, &mut buffer), Ok(true))
@@ -63,6 +63,7 @@ pub fn serve<A: Answer>(listener: &TcpListener) -> Result<()> {
     }
 }
 
+/// Takes what waits; `number` is the next free one.
 fn accept<A: Answer>(
     listener: &TcpListener,
     ready: &Ready,
@@ -79,7 +80,6 @@ fn accept<A: Answer>(
         };
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
-        *number += 1;
         ready.watch(&stream, *number)?;
         let connection = Connection {
             stream,
@@ -88,6 +88,7 @@ fn accept<A: Answer>(
             blocked: false,
         };
         connections.insert(*number, connection);
+        *number += 1;
     }
 }
 

@@ -399,7 +399,7 @@ mod tests {
     fn server() -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("bound");
-        thread::spawn(move || echo::serve::<FixedResponse>(&listener));
+        thread::spawn(move || echo::serve::<FixedResponse>(&[listener]));
         address
     }
 

@@ -4,6 +4,7 @@
 pub mod bulk;
 pub mod connect;
 pub mod echo;
+pub mod hold;
 pub mod http;
 
 mod epoll;

@@ -1,12 +1,14 @@
 //! How each figure is taken.
 
 use std::{
+    net::SocketAddr,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 use mesh_tests::{
+    lab::Node,
     load::{bulk, connect, http},
     wait,
 };
@@ -14,21 +16,24 @@ use nix::sys::signal::Signal;
 
 use super::{
     Mesh,
-    figures::{DIRECT, WEFT},
-    scene::{self, BULK, CLIENT, ECHO, HTTP, LOCAL, NEAR, OUTSIDER, SERVER, Scene},
+    figures::{self, DIRECT, WEFT},
+    scene::{self, BULK, CLIENT, CROWD, ECHO, FAR, HTTP, LOCAL, NEAR, OUTSIDER, SERVER, Scene},
 };
 
 /// Unmeasured load before each measurement: tunnels are made, verdicts cached, processors awake.
 const WARM_UP_SECONDS: &str = "0.3";
 
-/// Idle connections held for the memory of one.
-const IDLE_CONNECTIONS: u64 = 1000;
+/// Idle connections held for the memory of one, and how many more then.
+const IDLE_CONNECTIONS: [u64; 2] = [1000, 9000];
 
 /// Peace before an idle process is weighed.
 const SETTLE: Duration = Duration::from_secs(1);
 
 /// How long proxies are left alone before they count as idle: some let go of what starting needed after a few seconds.
-const IDLE_AFTER: Duration = Duration::from_secs(5);
+pub const IDLE_AFTER: Duration = Duration::from_secs(5);
+
+/// How long the processor time of an idle proxy is looked at: several periods of whatever it does now and then.
+const IDLE_WINDOW: Duration = Duration::from_secs(28);
 
 /// How long the idle connections may take to be opened.
 const OPEN_LIMIT: Duration = Duration::from_secs(60);
@@ -60,12 +65,22 @@ pub struct Value {
     pub value: f64,
 }
 
-fn value(figure: &'static str, value: f64) -> Value {
+/// A value of the variant that is up.
+pub fn value(figure: &'static str, value: f64) -> Value {
     Value {
         figure,
         variant: None,
         value,
     }
+}
+
+/// On which scene a measurement is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Few pods.
+    Few,
+    /// 50 pods of the mesh on the far node.
+    Crowd,
 }
 
 type Take = fn(&Scene, &mut Mesh, &Settings) -> Result<Vec<Value>>;
@@ -74,6 +89,8 @@ type Take = fn(&Scene, &mut Mesh, &Settings) -> Result<Vec<Value>>;
 pub struct Measurement {
     /// For progress.
     pub title: &'static str,
+    /// Where it is taken.
+    pub stage: Stage,
     /// The figures that it gives.
     pub figures: &'static [&'static str],
     /// Takes them.
@@ -81,39 +98,51 @@ pub struct Measurement {
 }
 
 /// All, in their order: memory while the proxies are fresh, disturbances last.
-pub static MEASUREMENTS: [Measurement; 12] = [
+pub static MEASUREMENTS: [Measurement; 14] = [
     Measurement {
         title: "cold start",
+        stage: Stage::Few,
         figures: &["cold-start-ms"],
         take: cold_start,
     },
     Measurement {
         title: "idle memory",
+        stage: Stage::Few,
         figures: &["rss-idle-mb"],
         take: idle_memory,
     },
     Measurement {
         title: "memory of idle connections",
-        figures: &["rss-per-idle-conn-kb"],
+        stage: Stage::Few,
+        figures: &[
+            "rss-per-idle-conn-kb",
+            "rss-1k-conns-mb",
+            "rss-per-idle-conn-10k-kb",
+            "rss-10k-conns-mb",
+        ],
         take: connection_memory,
     },
     Measurement {
         title: "bulk, 1 stream",
+        stage: Stage::Few,
         figures: &["bulk-1", "cpu-s-per-gb"],
         take: bulk_1,
     },
     Measurement {
         title: "bulk, 8 streams",
+        stage: Stage::Few,
         figures: &["bulk-8"],
         take: bulk_8,
     },
     Measurement {
         title: "HTTP, 1 connection",
-        figures: &["http-rps-1", "http-p50-1", "http-p99-1"],
+        stage: Stage::Few,
+        figures: &["http-rps-1", "http-p50-1", "http-p99-1", figures::ADDED.0],
         take: http_1,
     },
     Measurement {
         title: "HTTP, 32 connections",
+        stage: Stage::Few,
         figures: &[
             "http-rps-32",
             "http-p50-32",
@@ -124,28 +153,45 @@ pub static MEASUREMENTS: [Measurement; 12] = [
     },
     Measurement {
         title: "HTTP, 2,000 requests/s",
+        stage: Stage::Few,
         figures: &["rate2000-p50", "rate2000-p99", "rate2000-p999"],
         take: rate_2000,
     },
     Measurement {
         title: "new connections",
+        stage: Stage::Few,
         figures: &["connect-rate"],
         take: connect_rate,
     },
     Measurement {
         title: "same node",
+        stage: Stage::Few,
         figures: &["same-node-bulk-1", "same-node-http-rps-32"],
         take: same_node,
     },
     Measurement {
         title: "un-enrolled connect",
+        stage: Stage::Few,
         figures: &["unenrolled-connect-us"],
         take: unenrolled_connect,
     },
     Measurement {
         title: "enrolment",
+        stage: Stage::Few,
         figures: &["enrol-ms"],
         take: enrol,
+    },
+    Measurement {
+        title: "50 workloads on a node",
+        stage: Stage::Crowd,
+        figures: &["rss-per-workload-kb", "cpu-idle-50-percent"],
+        take: crowd,
+    },
+    Measurement {
+        title: "new connections to many",
+        stage: Stage::Crowd,
+        figures: &["connect-rate-many"],
+        take: connect_rate_many,
     },
 ];
 
@@ -252,18 +298,27 @@ fn http_to(
 }
 
 fn connect_rate(scene: &Scene, _: &mut Mesh, settings: &Settings) -> Result<Vec<Value>> {
-    let address = scene.at(SERVER, ECHO)?;
+    let rate = connect_rate_to(scene, &[scene.at(SERVER, ECHO)?], settings)?;
+    Ok(vec![value("connect-rate", rate)])
+}
+
+fn connect_rate_many(scene: &Scene, _: &mut Mesh, settings: &Settings) -> Result<Vec<Value>> {
+    let pods = scene.lab.node(FAR)?.pods.iter();
+    let addresses: Vec<SocketAddr> = pods.map(|pod| pod.at(ECHO)).collect();
+    let rate = connect_rate_to(scene, &addresses, settings)?;
+    Ok(vec![value("connect-rate-many", rate)])
+}
+
+/// Connections per second to the addresses in turn.
+fn connect_rate_to(scene: &Scene, addresses: &[SocketAddr], settings: &Settings) -> Result<f64> {
     let run = |seconds: (&'static str, String), duration| {
-        scene.report::<connect::RateReport>(
-            CLIENT,
-            &scene.client("connect-load", address, &[seconds]),
-            duration,
-        )
+        let client = scene.client_of("connect-load", addresses, &[seconds]);
+        scene.report::<connect::RateReport>(CLIENT, &client, duration)
     };
     run(("--seconds", WARM_UP_SECONDS.to_owned()), Duration::ZERO)?;
     let report = run(settings.seconds(), settings.duration)?;
     no_errors(report.errors, "connections")?;
-    Ok(vec![value("connect-rate", report.per_second)])
+    Ok(report.per_second)
 }
 
 fn same_node(scene: &Scene, _: &mut Mesh, settings: &Settings) -> Result<Vec<Value>> {
@@ -303,21 +358,53 @@ fn connection_memory(scene: &Scene, mesh: &mut Mesh, _: &Settings) -> Result<Vec
     scene.report::<connect::RateReport>(CLIENT, &first, Duration::ZERO)?;
     wait::pace_until(Instant::now() + SETTLE);
     let before: u64 = scene::resident_bytes(&proxies)?.into_iter().sum();
-    let holder = scene.client(
-        "idle-hold",
-        address,
-        &[("--connections", IDLE_CONNECTIONS.to_string())],
-    );
-    let mut holder = scene.lab.spawn(scene.pod(CLIENT)?, &holder)?;
-    holder.wait_for_output("held", OPEN_LIMIT)?;
-    wait::pace_until(Instant::now() + SETTLE);
-    let after: u64 = scene::resident_bytes(&proxies)?.into_iter().sum();
-    holder.stop(Signal::SIGKILL, OPEN_LIMIT)?;
+    let figures = [
+        ("rss-per-idle-conn-kb", "rss-1k-conns-mb"),
+        ("rss-per-idle-conn-10k-kb", "rss-10k-conns-mb"),
+    ];
+    let (mut held, mut holders, mut values) = (0, Vec::new(), Vec::new());
+    for (more, (each, all)) in IDLE_CONNECTIONS.into_iter().zip(figures) {
+        let options = [("--connections", more.to_string())];
+        let holder = scene.client("idle-hold", address, &options);
+        let mut holder = scene.lab.spawn(scene.pod(CLIENT)?, &holder)?;
+        holder.wait_for_output("held", OPEN_LIMIT)?;
+        holders.push(holder);
+        held += more;
+        wait::pace_until(Instant::now() + SETTLE);
+        let resident = scene::resident_bytes(&proxies)?;
+        let grown = resident.iter().sum::<u64>().saturating_sub(before);
+        values.push(value(each, grown as f64 / held as f64 / 1e3));
+        let largest = resident.into_iter().max().unwrap_or(0);
+        values.push(value(all, largest as f64 / 1e6));
+    }
+    for holder in holders {
+        holder.stop(Signal::SIGKILL, OPEN_LIMIT)?;
+    }
+    Ok(values)
+}
+
+/// What workloads cost a node that does nothing else: memory and processor time of the far node's agent.
+fn crowd(scene: &Scene, mesh: &mut Mesh, _: &Settings) -> Result<Vec<Value>> {
+    let Mesh::Weft(weft) = mesh else {
+        return Ok(Vec::new());
+    };
+    wait::pace_until(Instant::now() + IDLE_AFTER);
+    let (before, after) = (weft.far_before_crowd(), weft.far_resident()?);
     let grown = after.saturating_sub(before) as f64;
-    Ok(vec![value(
-        "rss-per-idle-conn-kb",
-        grown / IDLE_CONNECTIONS as f64 / 1e3,
-    )])
+    let node = scene.lab.node(FAR)?;
+    Ok(vec![
+        value("rss-per-workload-kb", grown / (CROWD - 1) as f64 / 1e3),
+        value("cpu-idle-50-percent", idle_percent(node)?),
+    ])
+}
+
+/// Processor time that a node's agent needs while nothing happens, in percent of one core.
+pub fn idle_percent(node: &Node) -> Result<f64> {
+    let before = scene::agent_cpu_seconds(node)?;
+    let began = Instant::now();
+    wait::pace_until(began + IDLE_WINDOW);
+    let used = scene::agent_cpu_seconds(node)? - before;
+    Ok(used / began.elapsed().as_secs_f64() * 100.0)
 }
 
 /// With Weft one process alternates between a cgroup that the agent's programs are attached to and one that they are
@@ -391,7 +478,6 @@ fn no_errors(errors: u64, what: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::figures;
 
     #[test]
     fn every_figure_is_taken_by_exactly_one_measurement() {
@@ -400,13 +486,14 @@ mod tests {
             .flat_map(|measurement| measurement.figures)
             .copied()
             .collect();
-        for figure in &figures::FIGURES {
+        let default = figures::default_selection();
+        for figure in &default {
             let times = taken.iter().filter(|name| **name == figure.name).count();
             assert_eq!(times, 1, "{}", figure.name);
         }
         assert_eq!(
             taken.len(),
-            figures::FIGURES.len(),
+            default.len(),
             "no measurement gives an unknown figure"
         );
     }

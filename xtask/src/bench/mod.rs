@@ -8,6 +8,7 @@ mod figures;
 mod measure;
 mod peer;
 mod report;
+mod scale;
 mod scene;
 mod weft;
 
@@ -17,13 +18,16 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use mesh_tests::programs;
-use nix::unistd::Pid;
+use nix::{
+    sys::resource::{Resource, getrlimit, setrlimit},
+    unistd::Pid,
+};
 
 use self::{
-    figures::{Audience, Figure},
-    measure::{MEASUREMENTS, Measurement, Settings},
+    figures::{Audience, Bound, Figure, Selection},
+    measure::{MEASUREMENTS, Measurement, Settings, Stage},
     peer::{Peer, PeerOption},
-    report::Samples,
+    report::{Comparison, Samples},
     scene::Scene,
     weft::Weft,
 };
@@ -32,12 +36,12 @@ use crate::{build, shell};
 /// Measure the mesh against no mesh, and against others
 ///
 /// Needs root and an otherwise idle machine. Builds optimised programs first, unless WEFT_BIN_DIR names a folder that
-/// has them. The table goes to standard output, progress to standard error. Exits with 1 if a measurement failed.
+/// has them. The tables go to standard output, progress to standard error. Exits with 1 if a measurement failed.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Only these figures, separated by commas; all when absent
+    /// Only these figures, separated by commas; all but those of `scale` when absent, which names a whole group
     #[arg(long, value_delimiter = ',', value_parser = figures::parse, value_name = "LIST")]
-    figures: Vec<&'static Figure>,
+    figures: Vec<Selection>,
 
     /// How often everything is measured; the median counts
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -51,33 +55,94 @@ pub struct Options {
     #[arg(long, value_name = "NAME=SCRIPT")]
     peer: Vec<PeerOption>,
 
+    /// Also measure Weft with this implementation of the tunnels, as a variant of its own; may be repeated
+    #[arg(long, value_enum, value_name = "NAME")]
+    codec: Vec<Codec>,
+
     /// Write the figures to this file, as a list of JSON objects
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+
+    /// Also exit with 1 if a promise is missed
+    #[arg(long)]
+    strict: bool,
+}
+
+/// Descriptors that every process may have, as container runtimes allow: 10,000 connections need more than many
+/// shells do.
+const DESCRIPTORS: u64 = 1_048_576;
+
+/// An implementation of the tunnels, as the agent's `--tunnel-codec` knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Codec {
+    Native,
+    H2,
+}
+
+impl Codec {
+    fn argument(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::H2 => "h2",
+        }
+    }
+
+    fn variant(self) -> &'static str {
+        match self {
+            Self::Native => figures::WEFT_NATIVE,
+            Self::H2 => figures::WEFT_H2,
+        }
+    }
 }
 
 /// What is measured against what.
 #[derive(Debug)]
 enum Variant {
     Direct,
-    Weft,
+    /// With its default codec, or a given one.
+    Weft(Option<Codec>),
     Peer(PeerOption),
 }
 
 impl Variant {
-    fn name(&self) -> &str {
+    fn all(options: &Options) -> Vec<Self> {
+        let mut variants = vec![Self::Direct, Self::Weft(None)];
+        let codecs = options.codec.iter();
+        variants.extend(codecs.map(|codec| Self::Weft(Some(*codec))));
+        variants.extend(options.peer.iter().cloned().map(Self::Peer));
+        variants
+    }
+
+    fn name(&self) -> String {
         match self {
-            Self::Direct => figures::DIRECT,
-            Self::Weft => figures::WEFT,
-            Self::Peer(peer) => &peer.name,
+            Self::Direct => figures::DIRECT.to_owned(),
+            Self::Weft(None) => figures::WEFT.to_owned(),
+            Self::Weft(Some(codec)) => codec.variant().to_owned(),
+            Self::Peer(peer) => peer.name.clone(),
         }
+    }
+
+    /// What it is compared with Weft for.
+    fn comparison(&self) -> Option<Comparison> {
+        let promise: fn(&Figure) -> Option<Bound> = match self {
+            Self::Direct => |figure| figure.to_direct,
+            Self::Weft(None) => return None,
+            Self::Weft(Some(_)) => |_| None,
+            Self::Peer(_) => |figure| figure.to_peer,
+        };
+        Some(Comparison {
+            one: figures::WEFT.to_owned(),
+            other: self.name(),
+            promise,
+        })
     }
 
     fn takes(&self, figure: &Figure) -> bool {
         match figure.audience {
             Audience::All => true,
             Audience::Meshes => !matches!(self, Self::Direct),
-            Audience::Weft => matches!(self, Self::Weft),
+            Audience::Weft => matches!(self, Self::Weft(_)),
+            Audience::Scale => false,
         }
     }
 }
@@ -95,7 +160,7 @@ impl Mesh {
     fn up(variant: &Variant, scene: &Scene) -> Result<Self> {
         Ok(match variant {
             Variant::Direct => Self::Direct,
-            Variant::Weft => Self::Weft(Box::new(Weft::up(scene)?)),
+            Variant::Weft(codec) => Self::Weft(Box::new(Weft::up(scene, *codec)?)),
             Variant::Peer(option) => Self::Peer(Peer::up(option, scene)?),
         })
     }
@@ -126,51 +191,52 @@ pub fn run(options: &Options) -> Result<()> {
     if env::var_os(programs::DIRECTORY_VARIABLE).is_none() {
         return with_release_programs();
     }
-    let mut variants = vec![Variant::Direct, Variant::Weft];
-    variants.extend(options.peer.iter().cloned().map(Variant::Peer));
+    let mut variants = Variant::all(options);
+    let names: Vec<String> = variants.iter().map(Variant::name).collect();
+    let comparisons: Vec<Comparison> = variants.iter().filter_map(Variant::comparison).collect();
     let wanted: Vec<&'static Figure> = if options.figures.is_empty() {
-        figures::FIGURES.iter().collect()
+        figures::default_selection()
     } else {
-        options.figures.clone()
+        let selected = options.figures.iter();
+        selected.flat_map(|selection| selection.0.clone()).collect()
     };
-    let settings = Settings {
-        duration: Duration::from_secs(options.seconds),
+    raise_descriptor_limit()?;
+    let mut run = Run {
+        settings: Settings {
+            duration: Duration::from_secs(options.seconds),
+        },
+        repeats: options.repeats,
+        samples: Samples::default(),
+        failures: Vec::new(),
     };
-
-    let mut samples = Samples::default();
-    let mut failures = Vec::new();
     for repeat in 0..options.repeats {
         if repeat > 0 {
             variants.reverse();
         }
         for variant in &variants {
-            let what = format!(
-                "repeat {} of {}, {}",
-                repeat + 1,
-                options.repeats,
-                variant.name()
-            );
-            let due: Vec<&Measurement> = MEASUREMENTS
-                .iter()
-                .filter(|measurement| {
-                    let mut figures = measurement.figures.iter();
-                    figures.any(|name| {
-                        wanted
-                            .iter()
-                            .any(|figure| figure.name == *name && variant.takes(figure))
-                    })
-                })
-                .collect();
-            if due.is_empty() {
-                continue;
-            }
-            if let Err(error) = pass(variant, &due, &settings, &what, &mut samples, &mut failures) {
-                failures.push(format!("{what}: {error:#}"));
-                eprintln!("!! {what}: {error:#}");
+            for stage in [Stage::Few, Stage::Crowd] {
+                run.variant(repeat, variant, stage, &wanted);
             }
         }
+        let is_scale = |figure: &&Figure| figure.audience == Audience::Scale;
+        if wanted.iter().any(is_scale) {
+            run.scale(repeat);
+        }
     }
-    finish(options, &wanted, &samples, &failures)
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    finish(options, &wanted, &names, &comparisons, run)
+}
+
+/// For us and all that we start, as far as we may: a machine can withhold CAP_SYS_RESOURCE from root.
+fn raise_descriptor_limit() -> Result<()> {
+    if setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).is_err() {
+        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+        shell::say(&format!(
+            "the limit of file descriptors cannot be raised above {most}"
+        ));
+    }
+    Ok(())
 }
 
 /// Builds and starts this command again with the folder of what was built: the lab finds the programs by it.
@@ -184,63 +250,122 @@ fn with_release_programs() -> Result<()> {
     Err(error).context("cannot start the bench again")
 }
 
-/// One variant, once: lab, mesh, measurements, removal. A failed measurement does not stop the others.
-fn pass(
-    variant: &Variant,
-    due: &[&Measurement],
-    settings: &Settings,
-    what: &str,
-    samples: &mut Samples,
-    failures: &mut Vec<String>,
-) -> Result<()> {
-    let scene = Scene::build()?;
-    let mut mesh = Mesh::up(variant, &scene).context("the mesh does not come up")?;
-    for measurement in due {
-        eprint!("==> {what}: {} ... ", measurement.title);
-        match (measurement.take)(&scene, &mut mesh, settings) {
-            Ok(values) => {
-                let shown: Vec<String> = values
-                    .iter()
-                    .map(|value| format!("{} {}", value.figure, report::number(value.value)))
-                    .collect();
-                eprintln!("{}", shown.join(", "));
-                for value in values {
-                    samples.add(
-                        value.figure,
-                        value.variant.unwrap_or(variant.name()),
-                        value.value,
-                    );
-                }
-            }
-            Err(error) => {
-                eprintln!("FAILED: {error:#}");
-                failures.push(format!("{what}: {}: {error:#}", measurement.title));
-            }
+/// What has been measured so far.
+#[derive(Debug)]
+struct Run {
+    settings: Settings,
+    repeats: u32,
+    samples: Samples,
+    failures: Vec<String>,
+}
+
+impl Run {
+    /// One variant, once: lab, mesh, measurements, removal. A failure does not stop the others.
+    fn variant(&mut self, repeat: u32, variant: &Variant, stage: Stage, wanted: &[&Figure]) {
+        let wants = |name: &&'static str| {
+            let mut wanted = wanted.iter();
+            wanted.any(|figure| figure.name == *name && variant.takes(figure))
+        };
+        let due: Vec<&Measurement> = MEASUREMENTS
+            .iter()
+            .filter(|measurement| {
+                measurement.stage == stage && measurement.figures.iter().any(wants)
+            })
+            .collect();
+        if due.is_empty() {
+            return;
+        }
+        if let Err(error) = self.measure(repeat, variant, stage, &due) {
+            self.failed(repeat, &variant.name(), &format!("{error:#}"));
         }
     }
-    mesh.down(&scene)
+
+    fn measure(
+        &mut self,
+        repeat: u32,
+        variant: &Variant,
+        stage: Stage,
+        due: &[&Measurement],
+    ) -> Result<()> {
+        let scene = Scene::build(stage == Stage::Crowd)?;
+        let mut mesh = Mesh::up(variant, &scene).context("the mesh does not come up")?;
+        for measurement in due {
+            eprint!(
+                "==> repeat {} of {}, {}: {} ... ",
+                repeat + 1,
+                self.repeats,
+                variant.name(),
+                measurement.title
+            );
+            match (measurement.take)(&scene, &mut mesh, &self.settings) {
+                Ok(values) => self.take(repeat, &variant.name(), values),
+                Err(error) => {
+                    let text = format!("{}: {error:#}", measurement.title);
+                    self.failed(repeat, &variant.name(), &text);
+                }
+            }
+        }
+        mesh.down(&scene)
+    }
+
+    /// The large node and mesh, once.
+    fn scale(&mut self, repeat: u32) {
+        eprint!("==> repeat {} of {}, scale ... ", repeat + 1, self.repeats);
+        match scale::measure() {
+            Ok(values) => self.take(repeat, figures::WEFT, values),
+            Err(error) => self.failed(repeat, figures::SCALE, &format!("{error:#}")),
+        }
+    }
+
+    fn take(&mut self, repeat: u32, variant: &str, values: Vec<measure::Value>) {
+        let shown: Vec<String> = values
+            .iter()
+            .map(|value| format!("{} {}", value.figure, report::number(value.value)))
+            .collect();
+        eprintln!("{}", shown.join(", "));
+        for value in values {
+            let variant = value.variant.unwrap_or(variant);
+            self.samples.add(repeat, value.figure, variant, value.value);
+        }
+    }
+
+    fn failed(&mut self, repeat: u32, what: &str, error: &str) {
+        eprintln!("FAILED: {error}");
+        let repeat = repeat + 1;
+        self.failures
+            .push(format!("repeat {repeat}, {what}: {error}"));
+    }
 }
 
 fn finish(
     options: &Options,
     wanted: &[&'static Figure],
-    samples: &Samples,
-    failures: &[String],
+    names: &[&str],
+    comparisons: &[Comparison],
+    mut run: Run,
 ) -> Result<()> {
-    let mut names = vec![figures::DIRECT, figures::WEFT];
-    names.extend(options.peer.iter().map(|peer| peer.name.as_str()));
-    let rows = report::rows(wanted, &names, samples);
-    print!("{}", report::table(wanted, &names, &rows));
+    run.samples.derive_added(names);
+    let rows = report::rows(wanted, names, comparisons, &run.samples);
+    let tables = report::tables(wanted, names, comparisons, &rows);
+    print!("{tables}");
     if let Some(path) = &options.json {
         let text = serde_json::to_string_pretty(&rows)? + "\n";
         fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    if !failures.is_empty() {
+    let missed = report::missed(&rows);
+    if !missed.is_empty() {
+        let (count, list) = (missed.len(), missed.join("\n  "));
+        eprintln!("{count} promises missed:\n  {list}");
+    }
+    if !run.failures.is_empty() {
         bail!(
             "{} measurements failed:\n  {}",
-            failures.len(),
-            failures.join("\n  ")
+            run.failures.len(),
+            run.failures.join("\n  ")
         );
+    }
+    if options.strict && !missed.is_empty() {
+        bail!("{} promises missed", missed.len());
     }
     Ok(())
 }

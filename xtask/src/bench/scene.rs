@@ -9,10 +9,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use mesh_tests::{
-    lab::{Families, Lab, LabSpec, Pod, PodSpec},
+    lab::{Families, Lab, LabSpec, Node, Pod, PodSpec},
     netns,
     process::{Program, Running},
-    programs,
+    programs, wait,
 };
 use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
@@ -30,6 +30,9 @@ pub const LOCAL: &str = "local";
 pub const SERVER: &str = "server";
 /// A pod on [`NEAR`] that no mesh has; it dials itself.
 pub const OUTSIDER: &str = "outsider";
+
+/// Workloads on [`FAR`] when it is crowded, [`SERVER`] among them.
+pub const CROWD: usize = 50;
 
 /// Port of the HTTP server.
 pub const HTTP: u16 = 8080;
@@ -56,12 +59,16 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// Builds the lab and starts the servers.
+    /// Builds the lab and starts the servers. When it is crowded, there are [`CROWD`] pods on [`FAR`] that echo.
     ///
     /// # Errors
     /// Not root, the load tool is not built, or a server does not start.
-    pub fn build() -> Result<Self> {
+    pub fn build(crowded: bool) -> Result<Self> {
         let benchtool = programs::own("benchtool")?;
+        let mut far = vec![PodSpec::new(SERVER)];
+        if crowded {
+            far.extend((1..CROWD).map(|number| PodSpec::new(&format!("crowd{number}"))));
+        }
         let spec = LabSpec::new(Families::V4)
             .node(
                 NEAR,
@@ -71,7 +78,7 @@ impl Scene {
                     PodSpec::new(OUTSIDER).unmeshed(),
                 ],
             )
-            .node(FAR, [PodSpec::new(SERVER)]);
+            .node(FAR, far);
         let lab = Lab::build(spec)?;
         for netns in lab
             .pods()
@@ -97,6 +104,7 @@ impl Scene {
                 .arg(format!("0.0.0.0:{port}"));
             servers.push(lab.serve(pod, &program, pod.at(port), SERVER_LIMIT)?);
         }
+        servers.extend(crowd_server(&lab, &benchtool)?);
         Ok(Self {
             _servers: servers,
             lab,
@@ -121,9 +129,19 @@ impl Scene {
 
     /// A client of the load tool, for a pod.
     pub fn client(&self, mode: &str, address: SocketAddr, options: &[(&str, String)]) -> Program {
+        self.client_of(mode, &[address], options)
+    }
+
+    /// The same for several servers.
+    pub fn client_of(
+        &self,
+        mode: &str,
+        addresses: &[SocketAddr],
+        options: &[(&str, String)],
+    ) -> Program {
         let client = Program::new(&self.benchtool)
             .arg(mode)
-            .arg(address.to_string())
+            .args(addresses.iter().map(ToString::to_string))
             .named(mode);
         options
             .iter()
@@ -154,11 +172,48 @@ impl Scene {
 
     /// Processor time of everything in the lab since its making, in seconds.
     pub fn cpu_seconds(&self) -> Result<f64> {
-        let path = self.cgroup()?.join("cpu.stat");
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        usage_seconds(&text).with_context(|| format!("no usage_usec in {}", path.display()))
+        cpu_seconds_of(self.cgroup()?)
     }
+}
+
+/// One process that echoes in every pod of the crowd; none without a crowd. Pods are the same to it as namespaces.
+fn crowd_server(lab: &Lab, benchtool: &Path) -> Result<Option<Running>> {
+    let far = lab.node(FAR)?;
+    let crowd: Vec<&Pod> = far
+        .pods
+        .iter()
+        .filter(|pod| pod.spec.name != SERVER)
+        .collect();
+    let Some(last) = crowd.last() else {
+        return Ok(None);
+    };
+    let program = Program::new(benchtool)
+        .arg("echo-server")
+        .arg(format!("0.0.0.0:{ECHO}"))
+        .args(
+            crowd
+                .iter()
+                .map(|pod| format!("--netns={}", pod.netns.display())),
+        );
+    let mut server = lab.spawn(far, &program)?;
+    wait::until("the crowd's server to listen", SERVER_LIMIT, || {
+        server.check_running()?;
+        Ok(wait::accepts(&last.netns, last.at(ECHO))?.then_some(()))
+    })?;
+    Ok(Some(server))
+}
+
+/// Processor time of a node's agent of Weft since its start, in seconds.
+pub fn agent_cpu_seconds(node: &Node) -> Result<f64> {
+    cpu_seconds_of(&node.cgroup_root.join(format!("weft-agent-{}", node.name)))
+}
+
+/// What a cgroup has used.
+fn cpu_seconds_of(cgroup: &Path) -> Result<f64> {
+    let path = cgroup.join("cpu.stat");
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    usage_seconds(&text).with_context(|| format!("no usage_usec in {}", path.display()))
 }
 
 fn usage_seconds(stat: &str) -> Option<f64> {

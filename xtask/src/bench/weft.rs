@@ -2,21 +2,26 @@
 
 use std::{
     fs,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result};
 use mesh_tests::{
-    lab::Node,
+    lab::{Lab, Node},
     load::connect::FirstAnswer,
     manifests,
     mesh::{Mesh, MeshSpec},
     process::Running,
+    wait,
 };
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::scene::{CLIENT, ECHO, FAR, NEAR, SERVER, Scene};
+use super::{
+    Codec,
+    measure::IDLE_AFTER,
+    scene::{self, CLIENT, CROWD, ECHO, FAR, NEAR, SERVER, Scene},
+};
 
 /// How long a probe may wait for its first answer, beyond the limit that it has itself.
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
@@ -27,6 +32,7 @@ pub struct Weft {
     near: Running,
     mesh: Mesh,
     far: Pid,
+    far_before_crowd: u64,
     cold_start: Duration,
 }
 
@@ -37,24 +43,24 @@ impl Weft {
     ///
     /// # Errors
     /// A program fails or is not ready in time.
-    pub fn up(scene: &Scene) -> Result<Self> {
+    pub fn up(scene: &Scene, codec: Option<Codec>) -> Result<Self> {
         let (lab, near, far) = (&scene.lab, scene.lab.node(NEAR)?, scene.lab.node(FAR)?);
-        let mut mesh = Mesh::prepare(lab, MeshSpec::default())?;
-        mesh.write_pods(lab)?;
-        let strict = json!({"mtls": {"mode": "STRICT"}});
-        mesh.manifests.write(
-            "mesh",
-            &[manifests::policy(
-                "MeshPolicy",
-                "weft-system",
-                "default",
-                strict,
-            )],
-        )?;
+        let codec = codec.map(|codec| ["--tunnel-codec", codec.argument()].map(String::from));
+        let spec = MeshSpec {
+            agent_arguments: codec.into_iter().flatten().collect(),
+            ..MeshSpec::default()
+        };
+        let mut mesh = prepare(lab, spec)?;
         mesh.start_control(lab)?;
         mesh.start_agent(lab, far)?;
         mesh.wait_ready(lab, far)?;
-        for pod in &far.pods {
+        let mut far_before_crowd = 0;
+        for (number, pod) in far.pods.iter().enumerate() {
+            // The first one brings about what one more does not cost.
+            if number == 1 && far.pods.len() >= CROWD {
+                wait::pace_until(Instant::now() + IDLE_AFTER);
+                far_before_crowd = resident(mesh.agent(far)?.pid())?;
+            }
             mesh.enroll(lab, far, pod)?;
             mesh.wait_enrolled(lab, far, pod)?;
         }
@@ -76,8 +82,22 @@ impl Weft {
             near: near_agent,
             mesh,
             far,
+            far_before_crowd,
             cold_start,
         })
+    }
+
+    /// Resident memory of the far node's agent, bytes: with one workload, if there came to be a crowd.
+    pub fn far_before_crowd(&self) -> u64 {
+        self.far_before_crowd
+    }
+
+    /// The same now.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn far_resident(&self) -> Result<u64> {
+        resident(self.far)
     }
 
     /// The agents' processes.
@@ -104,6 +124,27 @@ impl Weft {
     }
 }
 
+/// The mesh of a lab, nothing running yet: every pod known, plaintext refused.
+///
+/// # Errors
+/// Files cannot be written.
+pub fn prepare(lab: &Lab, spec: MeshSpec) -> Result<Mesh> {
+    let mesh = Mesh::prepare(lab, spec)?;
+    mesh.write_pods(lab)?;
+    let strict = json!({"mtls": {"mode": "STRICT"}});
+    let policy = manifests::policy("MeshPolicy", "weft-system", "default", strict);
+    mesh.manifests.write("mesh", &[policy])?;
+    Ok(mesh)
+}
+
+/// Resident memory of one process, bytes.
+///
+/// # Errors
+/// It has ended.
+pub fn resident(pid: Pid) -> Result<u64> {
+    Ok(scene::resident_bytes(&[pid])?.into_iter().sum())
+}
+
 fn workloads_config(node: &Node) -> Value {
     let meshed = node.pods.iter().filter(|pod| pod.spec.meshed);
     let workloads: Vec<Value> = meshed
@@ -125,7 +166,11 @@ fn probe(scene: &Scene) -> Result<Running> {
     scene.lab.spawn(scene.pod(CLIENT)?, &client)
 }
 
-fn first_answer(probe: Running, began: SystemTime) -> Result<Duration> {
+/// From `began` until the probe got its answer.
+///
+/// # Errors
+/// It got none, or one before.
+pub fn first_answer(probe: Running, began: SystemTime) -> Result<Duration> {
     let text = probe
         .wait(PROBE_LIMIT)?
         .ok()

@@ -200,6 +200,7 @@ impl Lab {
             cluster: "c1".to_owned(),
             network: String::new(),
             snapshot_file: Some(self.path("snapshot")),
+            writes_snapshot: Arc::new(true.into()),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::{
     cell::Cell,
     future::{Future, poll_fn},
-    io,
+    io::{self, IoSliceMut},
     os::fd::{AsFd, OwnedFd},
     rc::Rc,
     sync::Arc,
@@ -27,10 +27,13 @@ use super::{
     ConnectRequest, Incoming, StreamError, TunnelError, TunnelReceive, TunnelSend, TunnelStream,
 };
 use crate::{
-    proxy::limits::{
-        CLIENT_HEADER_LIST_BYTES, Limits, MAX_FRAME_BYTES, MAX_LOCAL_ERROR_RESETS,
-        MAX_LOCAL_RESET_STREAMS, MAX_PENDING_RESET_STREAMS, SERVER_HEADER_LIST_BYTES,
-        STREAM_SEND_BUFFER_BYTES, STREAM_WINDOW_BYTES, TunnelLimits,
+    proxy::{
+        buffers::{Buffer, Size},
+        limits::{
+            CLIENT_HEADER_LIST_BYTES, Limits, MAX_FRAME_BYTES, MAX_LOCAL_ERROR_RESETS,
+            MAX_LOCAL_RESET_STREAMS, MAX_PENDING_RESET_STREAMS, SERVER_HEADER_LIST_BYTES,
+            STREAM_SEND_BUFFER_BYTES, STREAM_WINDOW_BYTES, TunnelLimits,
+        },
     },
     sys::socket::{TcpStatistics, tcp_statistics, unanswered_for},
 };
@@ -272,7 +275,27 @@ pub struct Send {
 }
 
 impl Send {
-    pub(super) fn poll_room(
+    pub(super) fn poll_read_from(
+        &mut self,
+        cx: &mut Context<'_>,
+        size: Size,
+        read: impl FnOnce(&mut [IoSliceMut<'_>]) -> io::Result<usize>,
+    ) -> Poll<Result<io::Result<usize>, StreamError>> {
+        let room = ready!(self.poll_room(cx, size.bytes()))?;
+        let mut buffer = Buffer::take(size);
+        let into = buffer.memory().get_mut(..room).unwrap_or_default();
+        let got = read(&mut [IoSliceMut::new(into)]);
+        if let Ok(count @ 1..) = got {
+            buffer.set_filled(count);
+            self.stream
+                .send_data(buffer.freeze(), false)
+                .map_err(lost)?;
+        }
+        Poll::Ready(Ok(got))
+    }
+
+    /// How many bytes may be sent now, at most `wanted`; pending while the peer's windows are closed.
+    fn poll_room(
         &mut self,
         cx: &mut Context<'_>,
         wanted: usize,
@@ -297,10 +320,6 @@ impl Send {
         if std::mem::take(&mut self.reserved) {
             self.stream.reserve_capacity(0);
         }
-    }
-
-    pub(super) fn send(&mut self, bytes: Bytes) -> Result<(), StreamError> {
-        self.stream.send_data(bytes, false).map_err(lost)
     }
 
     pub(super) fn finish(&mut self) -> Result<(), StreamError> {
@@ -382,6 +401,10 @@ fn connect_request(request: ConnectRequest) -> Result<Request<()>, TunnelError> 
 }
 
 fn protocol(error: h2::Error) -> TunnelError {
+    // Said by this side, not by the peer.
+    if error.is_library() && error.reason() == Some(Reason::ENHANCE_YOUR_CALM) {
+        return TunnelError::Abuse(Arc::new(error));
+    }
     TunnelError::Protocol(Arc::new(error))
 }
 

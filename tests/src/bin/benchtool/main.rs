@@ -9,12 +9,18 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
-use mesh_tests::load::{
-    bulk, connect,
-    echo::{self, Echo},
-    http,
+use mesh_tests::{
+    load::{
+        bulk, connect,
+        echo::{self, Echo},
+        hold, http,
+    },
+    netns,
 };
-use nix::sys::socket::Backlog;
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    socket::Backlog,
+};
 use serde::Serialize;
 
 /// Connections that may wait to be accepted: what the kernel allows by default (`net.core.somaxconn`).
@@ -56,10 +62,16 @@ enum Mode {
         seconds: Duration,
     },
     /// Sends back what it gets.
-    EchoServer { listen: SocketAddr },
-    /// Connects, plays one ping-pong, closes, and again.
+    EchoServer {
+        listen: SocketAddr,
+        /// Listens in this network namespace instead of its own; may be repeated.
+        #[arg(long)]
+        netns: Vec<PathBuf>,
+    },
+    /// Connects, plays one ping-pong, closes, and again; goes through the addresses in turn.
     ConnectLoad {
-        address: SocketAddr,
+        #[arg(required = true)]
+        address: Vec<SocketAddr>,
         #[arg(long, default_value_t = 16)]
         concurrency: usize,
         #[arg(long, value_parser = seconds, default_value = "3")]
@@ -68,8 +80,15 @@ enum Mode {
     /// Opens connections, plays one ping-pong on each, and holds them until killed.
     IdleHold {
         address: SocketAddr,
+        /// From every namespace.
         #[arg(long, default_value_t = 1000)]
         connections: usize,
+        /// Opens them in this network namespace instead of its own; may be repeated.
+        #[arg(long)]
+        netns: Vec<PathBuf>,
+        /// Joins this cgroup for the sockets of a namespace, one per namespace in the same order.
+        #[arg(long)]
+        cgroup: Vec<PathBuf>,
     },
     /// Times socket, connect and close; alternates between cgroups when some are given.
     ConnectUs {
@@ -93,8 +112,10 @@ struct Held {
 }
 
 fn main() -> Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     match Cli::parse().mode {
-        Mode::HttpServer { listen } => echo::serve::<http::FixedResponse>(&bind(listen)?),
+        Mode::HttpServer { listen } => echo::serve::<http::FixedResponse>(&[bind(listen)?]),
         Mode::HttpLoad {
             address,
             connections,
@@ -114,17 +135,19 @@ fn main() -> Result<()> {
             streams,
             seconds,
         } => print(&bulk::run(address, streams, seconds)?),
-        Mode::EchoServer { listen } => echo::serve::<Echo>(&bind(listen)?),
+        Mode::EchoServer { listen, netns } => echo::serve::<Echo>(&bind_all(listen, &netns)?),
         Mode::ConnectLoad {
             address,
             concurrency,
             seconds,
-        } => print(&connect::rate(address, concurrency, seconds)?),
+        } => print(&connect::rate(&address, concurrency, seconds)?),
         Mode::IdleHold {
             address,
             connections,
+            netns,
+            cgroup: cgroups,
         } => {
-            let held = connect::hold(address, connections)?;
+            let held = hold::hold(address, connections, &hold::Places { netns, cgroups })?;
             print(&Held { held: held.len() })?;
             loop {
                 nix::unistd::pause();
@@ -147,6 +170,17 @@ fn bind(listen: SocketAddr) -> Result<TcpListener> {
     nix::sys::socket::listen(&listener, Backlog::new(QUEUE_MAX)?)
         .context("cannot lengthen the queue")?;
     Ok(listener)
+}
+
+/// One listener per namespace, or one where we are.
+fn bind_all(listen: SocketAddr, netns: &[PathBuf]) -> Result<Vec<TcpListener>> {
+    if netns.is_empty() {
+        return Ok(vec![bind(listen)?]);
+    }
+    netns
+        .iter()
+        .map(|netns| netns::within(netns, || bind(listen))?)
+        .collect()
 }
 
 fn print(report: &impl Serialize) -> Result<()> {

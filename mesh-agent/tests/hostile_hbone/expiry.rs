@@ -47,16 +47,18 @@ fn a_tunnel_ends_with_its_clients_certificate(codec: &str) -> Result<()> {
         ];
         let answer = raw::request(&mut stream, &fields).await?;
         ensure!(answer == Answer::Accepted, "while it lasts: {answer:?}");
-        // A graceful end says so twice, the second time with the last stream that counts (RFC 9113 section 6.8).
-        for time in ["first", "second"] {
-            timeout(LIMIT, raw::until_goaway(&mut stream))
-                .await
-                .with_context(|| format!("no {time} GOAWAY"))??;
-        }
+        timeout(LIMIT, raw::until_goaway(&mut stream))
+            .await
+            .context("no GOAWAY")??;
         let kept = begun.elapsed();
         ensure!(
             kept >= Duration::from_secs(LIFE_S.unsigned_abs() - 1),
             "it was still good after {kept:?}"
+        );
+        let another = timeout(LIMIT, raw::takes_another(&mut stream, &fields)).await;
+        ensure!(
+            !another.context("no answer to PING")??,
+            "another was let in"
         );
         Ok(())
     })

@@ -19,9 +19,6 @@ use super::{FILE_MAX_BYTES, FileProblem, is_manifest, read_limited};
 
 /// Largest file read: JSON repeats names that YAML may abbreviate.
 const KEPT_MAX_BYTES: u64 = 8 * FILE_MAX_BYTES;
-/// Hidden, so that it is never taken for a kept file.
-const STAGED: &str = ".staged";
-
 /// Keeps them, if there is a folder for it.
 #[derive(Debug, Default)]
 pub(super) struct LastGood {
@@ -127,7 +124,8 @@ fn write(folder: &Path, file: &str, text: &str) -> io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(folder)?;
-    let staged = folder.join(STAGED);
+    // Hidden, so that it is never taken for a kept file; of this process, because another one may take over from it.
+    let staged = folder.join(format!(".staged.{}", std::process::id()));
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o600);
     options.open(&staged)?.write_all(text.as_bytes())?;

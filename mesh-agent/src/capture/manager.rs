@@ -149,7 +149,7 @@ impl Capture {
             netns: Arc::new(netns),
             addresses,
             workload: arc_swap::ArcSwapOption::empty(),
-            connections: std::sync::atomic::AtomicU64::new(0),
+            holds: Arc::default(),
         });
         let enrolled = Enrolled { local, record };
         if let Err(error) = sysctls

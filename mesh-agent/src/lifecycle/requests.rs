@@ -208,7 +208,10 @@ impl Agent {
             capture,
             failure_mode: failure_mode(settings.failure_mode).to_owned(),
             same_node: self.same_node_word(enrolled, settings.same_node).to_owned(),
-            connections: local.connections.load(std::sync::atomic::Ordering::Relaxed),
+            connections: local
+                .holds
+                .connections
+                .load(std::sync::atomic::Ordering::Relaxed),
             certificate_not_after: certificate.and_then(|c| c.not_after),
             certificate: certificate.map_or_else(|| "missing".to_owned(), describe),
         }

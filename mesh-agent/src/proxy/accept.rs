@@ -10,8 +10,10 @@ use tokio::{
 use super::{
     inbound,
     limits::ACCEPT_BACKOFF,
-    outbound, relay, unmapped,
-    worker::{Admission, Refused, Served, Worker},
+    outbound, relay,
+    room::{Need, Refused},
+    unmapped,
+    worker::{Admission, Served, Worker},
 };
 use crate::telemetry::{CloseReason, ConnectionInfo, Direction, Limit, Party, Security};
 
@@ -21,6 +23,15 @@ pub(super) enum Kind {
     Outbound,
     Plaintext,
     Tunnel,
+}
+
+impl Kind {
+    fn need(self) -> Need {
+        match self {
+            Self::Outbound | Self::Plaintext => Need::Connection,
+            Self::Tunnel => Need::InboundTunnel,
+        }
+    }
 }
 
 /// A socket on its way to another worker; it belongs to no runtime.
@@ -87,7 +98,7 @@ fn accepted(
     peer: SocketAddr,
 ) {
     let index = worker.shared.worker_for(worker.index);
-    let admission = match worker.shared.admit(index, served, kind != Kind::Tunnel) {
+    let admission = match worker.shared.admit(index, served, kind.need()) {
         Ok(admission) => admission,
         Err(refused) => return refuse(worker, served, kind, socket, peer, refused),
     };
@@ -183,9 +194,15 @@ fn start(
         return;
     }
     let own = worker.clone();
+    let served = admission.served().clone();
     match kind {
-        Kind::Outbound => worker.spawn(outbound::serve(own, socket, peer, admission)),
-        Kind::Plaintext => worker.spawn(inbound::serve_plaintext(own, socket, peer, admission)),
-        Kind::Tunnel => worker.spawn(inbound::serve_tunnel(own, socket, peer, admission)),
+        Kind::Outbound => worker.spawn(&served, outbound::serve(own, socket, peer, admission)),
+        Kind::Plaintext => {
+            worker.spawn(
+                &served,
+                inbound::serve_plaintext(own, socket, peer, admission),
+            );
+        }
+        Kind::Tunnel => worker.spawn(&served, inbound::serve_tunnel(own, socket, peer, admission)),
     }
 }

@@ -10,6 +10,7 @@ use super::{
     ProxyContext,
     limits::Limits,
     pool::{Connector, PoolEvent, PoolKey, Pooled},
+    room::{Need, Place, Room},
     tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::ReadAhead},
 };
 use crate::{
@@ -37,17 +38,19 @@ pub struct Dialer {
     limits: Arc<Limits>,
     telemetry: Arc<Telemetry>,
     codec: TunnelCodec,
+    room: Arc<Room>,
     name: ServerName<'static>,
 }
 
 impl Dialer {
     /// For one worker.
     #[must_use]
-    pub fn new(context: &ProxyContext) -> Self {
+    pub fn new(context: &ProxyContext, room: Arc<Room>) -> Self {
         Self {
             limits: context.limits.clone(),
             telemetry: context.telemetry.clone(),
             codec: context.codec,
+            room,
             // Neither sent nor looked at: identities are compared, not names.
             name: ServerName::IpAddress(
                 std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED).into(),
@@ -56,6 +59,8 @@ impl Dialer {
     }
 
     async fn set_up(&self, key: &PoolKey, source: &Source) -> Result<Tunnel, TunnelError> {
+        let room = self.room.enter(&source.local, Need::OutboundTunnel);
+        let place = room.map_err(|_| TunnelError::Limit)?;
         // For all steps together.
         let deadline = Instant::now() + self.limits.time.connect;
         let dialled = timeout_at(
@@ -93,7 +98,7 @@ impl Dialer {
         Ok(Tunnel {
             client,
             statistics: Rc::default(),
-            _open: Rc::new(self.telemetry.tunnels.open(Direction::Outbound)),
+            _open: Rc::new((self.telemetry.tunnels.open(Direction::Outbound), place)),
         })
     }
 }
@@ -105,7 +110,8 @@ impl Connector for Dialer {
     async fn connect(&self, key: &PoolKey, source: &Source) -> Result<Tunnel, TunnelError> {
         let result = Box::pin(self.set_up(key, source)).await;
         if let Err(error) = &result {
-            self.telemetry.tunnels.failed(Direction::Outbound);
+            let tunnels = &self.telemetry.tunnels;
+            tunnels.failed(Direction::Outbound, error.failure());
             tracing::debug!(%error, destination = %key.destination, source = %key.source, "no tunnel");
         }
         result
@@ -134,7 +140,7 @@ pub struct Tunnel {
     /// Its client end.
     pub client: TunnelClient,
     statistics: Rc<SharedStatistics>,
-    _open: Rc<TunnelGuard>,
+    _open: Rc<(TunnelGuard, Place)>,
 }
 
 impl Tunnel {

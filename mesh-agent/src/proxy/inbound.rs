@@ -26,13 +26,14 @@ use super::{
     never_a_destination,
     registry::{Judged, Registered},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
+    room::{Need, Refused},
     tunnel::{
         Incoming, TunnelError, TunnelServer, TunnelStream,
         headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
         transport::{ReadAhead, accept_tls},
     },
     unmapped,
-    worker::{Admission, Refused, Served, Worker},
+    worker::{Admission, Served, Worker},
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
@@ -43,7 +44,10 @@ use crate::{
         netns::duplicate,
         socket::{SharedStatistics, TcpStatistics, tcp_statistics},
     },
-    telemetry::{CloseReason, ConnectionInfo, Direction, Limit, OpenConnection, Party, Security},
+    telemetry::{
+        CloseReason, ConnectionInfo, Direction, Limit, OpenConnection, Party, Security,
+        TunnelFailure,
+    },
 };
 
 /// Why an inbound connection was refused.
@@ -134,12 +138,16 @@ pub(super) async fn serve_tunnel(
     let limits = &worker.context.limits.tunnel;
     let served = admission.served().clone();
     let refuse = |socket, limit| {
-        let refused = worker.shared.refuse(limit);
+        let refused = worker.shared.room.refuse(&served.local, limit);
         accept::refuse(&worker, &served, Kind::Tunnel, socket, peer, refused);
     };
-    let most = limits.handshakes_per_source;
-    let Some(permit) = worker.handshakes.enter(peer.ip(), most) else {
+    let (by_source, by_workload) = &worker.handshakes;
+    let Some(permit) = by_source.enter(peer.ip(), limits.handshakes_per_source) else {
         return refuse(socket, Limit::HandshakesPerSource);
+    };
+    let most = limits.handshakes_per_workload;
+    let Some(workload_permit) = by_workload.enter(served.id, most) else {
+        return refuse(socket, Limit::HandshakesPerWorkload);
     };
     let Some(_place) = worker.tunnels.enter(peer.ip(), limits.per_source) else {
         return refuse(socket, Limit::TunnelsPerSource);
@@ -153,14 +161,17 @@ pub(super) async fn serve_tunnel(
     let (identity, server) = match shaken {
         Ok(shaken) => shaken,
         Err(error) => {
-            worker.context.telemetry.tunnels.failed(Direction::Inbound);
+            let telemetry = &worker.context.telemetry;
+            telemetry
+                .tunnels
+                .failed(Direction::Inbound, error.failure());
             if let Some(held_back) = worker.handshake_failures.line(Instant::now()) {
                 tracing::info!(%peer, workload = %served.local.name, %error, held_back, "no tunnel with a client");
             }
             return;
         }
     };
-    drop(permit);
+    drop((permit, workload_permit));
     let _open = worker.context.telemetry.tunnels.open(Direction::Inbound);
     serve_streams(
         &worker,
@@ -191,6 +202,17 @@ enum HandshakeError {
     NoIdentity,
     #[error(transparent)]
     Tunnel(#[from] TunnelError),
+}
+
+impl HandshakeError {
+    fn failure(&self) -> TunnelFailure {
+        match self {
+            Self::UnknownWorkload => TunnelFailure::UnknownWorkload,
+            Self::NoCertificate(_) | Self::CertificateLate => TunnelFailure::NoCertificate,
+            Self::NoIdentity => TunnelFailure::NoIdentity,
+            Self::Tunnel(error) => error.failure(),
+        }
+    }
 }
 
 type TunnelSocket = TlsStream<ReadAhead<TcpStream>>;
@@ -260,12 +282,8 @@ async fn serve_streams(
         };
         match next {
             Some(Ok(incoming)) => {
-                worker.spawn(serve_connect(
-                    worker.clone(),
-                    served.clone(),
-                    ends.clone(),
-                    incoming,
-                ));
+                let (own, ends) = (worker.clone(), ends.clone());
+                worker.spawn(served, serve_connect(own, served.clone(), ends, incoming));
             }
             Some(Err(error)) => {
                 tracing::debug!(%error, peer = %ends.identity, "tunnel ended");
@@ -283,13 +301,14 @@ async fn serve_connect(
     ends: Rc<TunnelEnds>,
     incoming: Incoming,
 ) {
-    let _admission = match worker.shared.admit(worker.index, &served, true) {
+    let _admission = match worker.shared.admit(worker.index, &served, Need::Stream) {
         Ok(admission) => admission,
         Err(refused) => {
             let info = Guest::of_tunnel(&worker, &served, &ends).info();
             let (telemetry, error) = (&worker.context.telemetry, InboundError::from(refused));
             telemetry.failed(&info, error.reason(), &error);
-            return incoming.refuse(error.status());
+            // Not looked at: the client may try another way.
+            return incoming.turn_away();
         }
     };
     // Boxed, so that an established connection does not carry what only its beginning needs.

@@ -4,13 +4,15 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
 
-/// Limits of the data path. All counts are per node unless their name says otherwise.
+/// Limits of the data path. All counts are per node unless their name says otherwise. docs/limits.md lists them with
+/// their metrics and tests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Connections, in and out, of one workload. One pod must not use up what the others need.
     pub connections_per_workload: u64,
-    /// Connections of the node; [`Limits::for_this_process`] derives it from the descriptor limit.
-    pub connections_per_node: usize,
+    /// Descriptors that connections, tunnels and listeners of all workloads may hold;
+    /// [`Limits::for_this_process`] derives it from the descriptor limit. How they are shared: [`super::share`].
+    pub descriptors: u64,
     /// Limits of tunnels.
     pub tunnel: TunnelLimits,
     /// Deadlines.
@@ -35,6 +37,11 @@ pub struct TunnelLimits {
     pub server_streams: u32,
     /// TLS handshakes that one worker has in flight with one source address.
     pub handshakes_per_source: usize,
+    /// TLS handshakes that one worker has in flight for one workload, whoever they are with: strangers hold a place
+    /// of the workload that they dial until they have shown who they are.
+    pub handshakes_per_workload: usize,
+    /// Tunnels that one workload has open to peers: two on each of two workers to a thousand peers.
+    pub outbound_per_workload: u64,
 }
 
 impl TunnelLimits {
@@ -69,12 +76,11 @@ pub struct TimeLimits {
     pub ping_timeout: Duration,
 }
 
-/// Descriptors that connections never use: listeners, eBPF maps and links, admin, discovery, logs.
+/// Descriptors that connections never use: eBPF maps and links, admin, discovery, certificates, logs, and an enrolment
+/// on its way.
 pub const RESERVED_DESCRIPTORS: u64 = 512;
-/// Descriptors that one connection may need: the accepted socket and the dialled one.
-pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// Below this the node would be of no use; a process with fewer descriptors is told so by `weft check`.
-pub const MIN_CONNECTIONS_PER_NODE: usize = 64;
+pub const MIN_DESCRIPTORS: u64 = 128;
 
 /// HTTP/2 stream window, 4 MiB: what Istio's ztunnel uses; 10 Gbit/s at 3 ms. It is the byte budget of one stream: a
 /// reader that stops holds no more, which is less than the kernel's own receive buffer would (6 MiB, `tcp_rmem`).
@@ -121,7 +127,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections_per_workload: 20_000,
-            connections_per_node: 8_192,
+            descriptors: 16_384,
             tunnel: TunnelLimits {
                 per_key: 64,
                 spread: 2,
@@ -130,6 +136,8 @@ impl Default for Limits {
                 client_streams: 100,
                 server_streams: 200,
                 handshakes_per_source: 64,
+                handshakes_per_workload: 1024,
+                outbound_per_workload: 4096,
             },
             time: TimeLimits {
                 connect: Duration::from_secs(10),
@@ -145,12 +153,12 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// The defaults, with as many connections as the process has descriptors for.
+    /// The defaults, with as many descriptors as the process may open.
     #[must_use]
     pub fn for_this_process() -> Self {
         let mut limits = Self::default();
         match getrlimit(Resource::RLIMIT_NOFILE) {
-            Ok((soft, _)) => limits.connections_per_node = connections_for(soft),
+            Ok((soft, _)) => limits.descriptors = descriptors_of(soft),
             Err(error) => {
                 tracing::warn!(%error, "cannot read the descriptor limit; keeping the default")
             }
@@ -159,12 +167,11 @@ impl Limits {
     }
 }
 
-/// Connections that `descriptors` allow, the reserve left out.
-fn connections_for(descriptors: u64) -> usize {
-    let usable = descriptors.saturating_sub(RESERVED_DESCRIPTORS) / DESCRIPTORS_PER_CONNECTION;
-    usize::try_from(usable)
-        .unwrap_or(usize::MAX)
-        .max(MIN_CONNECTIONS_PER_NODE)
+/// Of the descriptors that the process may open, those that are for workloads.
+fn descriptors_of(process: u64) -> u64 {
+    process
+        .saturating_sub(RESERVED_DESCRIPTORS)
+        .max(MIN_DESCRIPTORS)
 }
 
 #[cfg(test)]
@@ -172,13 +179,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn connections_leave_the_reserved_descriptors_alone() {
-        assert_eq!(connections_for(20_000), 9_744);
-        assert_eq!(
-            connections_for(RESERVED_DESCRIPTORS),
-            MIN_CONNECTIONS_PER_NODE
-        );
-        assert_eq!(connections_for(0), MIN_CONNECTIONS_PER_NODE);
+    fn workloads_leave_the_reserved_descriptors_alone() {
+        assert_eq!(descriptors_of(20_000), 19_488);
+        assert_eq!(descriptors_of(RESERVED_DESCRIPTORS), MIN_DESCRIPTORS);
+        assert_eq!(descriptors_of(0), MIN_DESCRIPTORS);
     }
 
     #[test]

@@ -136,7 +136,7 @@ pub(super) async fn serve(
     worker: Rc<Worker>,
     app: TcpStream,
     client: SocketAddr,
-    admission: Admission,
+    mut admission: Admission,
 ) {
     let began = Instant::now();
     relay::guard(&app);
@@ -178,6 +178,7 @@ pub(super) async fn serve(
     let meter = OutboundMeter(&open);
     let end = match upstream {
         Upstream::Tunnel(stream, lease) => {
+            admission.tunnelled();
             let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
             if let Some(statistics) = lease.tunnel().tcp_statistics() {
                 open.observe_tcp(statistics);

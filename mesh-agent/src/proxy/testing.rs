@@ -1,10 +1,26 @@
 //! Values that several tests of the proxy use.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use mesh_api::identity::Identity;
 
-use crate::discovery::model::{CaptureSettings, Locality, Tunnel, Workload};
+use crate::{
+    capture::LocalWorkload,
+    discovery::model::{CaptureSettings, Locality, Tunnel, Workload},
+    sys::netns::Netns,
+};
+
+/// A workload of namespace `shop` that lives in this process's own network namespace.
+pub fn local(name: &str) -> Arc<LocalWorkload> {
+    Arc::new(LocalWorkload {
+        namespace: "shop".into(),
+        name: name.into(),
+        netns: Arc::new(Netns::open(Path::new("/proc/self/ns/net")).expect("own namespace")),
+        addresses: Vec::new(),
+        workload: Default::default(),
+        holds: Default::default(),
+    })
+}
 
 /// An identity of namespace `shop`.
 pub fn identity(account: &str) -> Identity {

@@ -3,7 +3,6 @@
 
 use std::{
     cell::RefCell,
-    collections::HashMap,
     future::Future,
     net::{IpAddr, TcpListener},
     panic::AssertUnwindSafe,
@@ -31,15 +30,18 @@ use super::{
     accept::{self, Accepted, Kind},
     balance::{BalanceLimits, Balancer},
     connect::Dialer,
+    fair::{Fair, Processor},
     limits::{
-        FAILURE_LINES, HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
+        FAILURE_LINES, HANDOVER_QUEUE, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
         RESTART_PAUSE, SWEEP_INTERVAL,
     },
     pool::Pool,
     registry::Registry,
+    room::{Need, Place, Refused, Room},
+    sources::Counts,
 };
 use crate::{
-    capture::{ConnectionGuard, Listeners, LocalWorkload},
+    capture::{Listeners, LocalWorkload},
     policy::Decision,
     telemetry::{CloseReason, Limit, Telemetry, seldom::Seldom},
 };
@@ -78,7 +80,7 @@ struct Inner {
 pub(super) struct Shared {
     mailboxes: Vec<Mailbox>,
     pub telemetry: Arc<Telemetry>,
-    pub limits: Arc<Limits>,
+    pub room: Arc<Room>,
     total: AtomicUsize,
     empty: Notify,
 }
@@ -113,6 +115,7 @@ pub(super) struct Served {
     pub stop: CancellationToken,
     live: AtomicUsize,
     empty: Notify,
+    _listeners: Place,
 }
 
 impl Workers {
@@ -135,7 +138,7 @@ impl Workers {
         let shared = Arc::new(Shared {
             mailboxes,
             telemetry: context.telemetry.clone(),
-            limits: context.limits.clone(),
+            room: Arc::new(Room::new(context.limits.clone(), context.telemetry.clone())),
             total: AtomicUsize::new(0),
             empty: Notify::new(),
         });
@@ -176,12 +179,14 @@ impl Workers {
         local: Arc<LocalWorkload>,
         listeners: Listeners,
     ) -> Result<ServeHandle, WorkerError> {
+        let listening = self.inner.shared.room.enrol(&local);
         let served = Arc::new(Served {
             id: self.inner.next_served.fetch_add(1, Ordering::Relaxed),
             local,
             stop: self.inner.stop.child_token(),
             live: AtomicUsize::new(0),
             empty: Notify::new(),
+            _listeners: listening,
         });
         let handle = ServeHandle {
             served: served.clone(),
@@ -372,44 +377,26 @@ impl Shared {
             })
     }
 
-    /// Counts that a limit is reached.
-    pub fn refuse(&self, limit: Limit) -> Refused {
-        self.telemetry.limits.reached(limit);
-        Refused(limit)
-    }
-
-    /// Counts a connection on worker `index` against every limit. `application` is false for a tunnel, whose streams
-    /// are counted one by one.
+    /// Counts a connection on worker `index` against every limit.
     pub fn admit(
         self: &Arc<Self>,
         index: usize,
         served: &Arc<Served>,
-        application: bool,
+        need: Need,
     ) -> Result<Admission, Refused> {
-        if self.total.load(Ordering::Relaxed) >= self.limits.connections_per_node {
-            return Err(self.refuse(Limit::ConnectionsPerNode));
-        }
-        let open = served.local.connections.load(Ordering::Relaxed);
-        if application && open >= self.limits.connections_per_workload {
-            return Err(self.refuse(Limit::ConnectionsPerWorkload));
-        }
+        let place = self.room.enter(&served.local, need)?;
         self.total.fetch_add(1, Ordering::AcqRel);
         served.live.fetch_add(1, Ordering::AcqRel);
         let mut admission = Admission {
             shared: self.clone(),
             served: served.clone(),
             index,
-            _workload: application.then(|| served.local.connection()),
+            place,
         };
         admission.count_on(index);
         Ok(admission)
     }
 }
-
-/// A limit was reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("limit {} is reached", .0.name())]
-pub struct Refused(Limit);
 
 /// Stays where it is unless the least loaded worker has two connections less, and an eighth.
 fn less_loaded(own: usize, loads: impl Iterator<Item = usize>) -> usize {
@@ -427,7 +414,7 @@ pub(super) struct Admission {
     shared: Arc<Shared>,
     served: Arc<Served>,
     index: usize,
-    _workload: Option<ConnectionGuard>,
+    place: Place,
 }
 
 impl Admission {
@@ -441,6 +428,11 @@ impl Admission {
     /// The workload it belongs to.
     pub fn served(&self) -> &Arc<Served> {
         &self.served
+    }
+
+    /// It goes on as a stream of a tunnel.
+    pub fn tunnelled(&mut self) {
+        self.place.tunnelled();
     }
 }
 
@@ -465,23 +457,27 @@ pub(super) struct Worker {
     pub shared: Arc<Shared>,
     pub pool: Rc<Pool<Dialer>>,
     pub registry: Rc<Registry>,
+    pub processor: Rc<Processor>,
     pub balancer: RefCell<Balancer>,
-    pub handshakes: SourceCounts,
-    pub tunnels: SourceCounts,
+    /// In flight, by source address and by workload ([`Served::id`]).
+    pub handshakes: (Counts<IpAddr>, Counts<u64>),
+    pub tunnels: Counts<IpAddr>,
     pub accept_failures: Seldom,
     pub handshake_failures: Seldom,
 }
 
 impl Worker {
-    /// Runs a connection as a task of its own; a panic costs that connection only.
-    pub fn spawn(&self, connection: impl Future<Output = ()> + 'static) {
+    /// Runs a connection of a workload as a task of its own; a panic costs that connection only.
+    pub fn spawn(&self, served: &Served, connection: impl Future<Output = ()> + 'static) {
         let telemetry = self.context.telemetry.clone();
-        tokio::task::spawn_local(async move {
-            if AssertUnwindSafe(connection).catch_unwind().await.is_err() {
+        let contained = AssertUnwindSafe(connection).catch_unwind().map(move |end| {
+            if end.is_err() {
                 telemetry.agent.panics.inc();
                 tracing::error!("a connection ended in a panic");
             }
         });
+        let flow = self.processor.flow(served.id);
+        tokio::task::spawn_local(Fair::new(flow, contained));
     }
 }
 
@@ -492,14 +488,15 @@ async fn run(
     mut sockets: mpsc::Receiver<Accepted>,
     mut orders: mpsc::Receiver<Order>,
 ) {
-    let dialer = Dialer::new(&context);
+    let dialer = Dialer::new(&context, shared.room.clone());
     let worker = Rc::new(Worker {
         index,
         pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
         registry: Rc::new(Registry::default()),
+        processor: Processor::new(context.telemetry.agent.waits.clone()),
         balancer: RefCell::new(Balancer::new(rand::random(), BalanceLimits::default())),
-        handshakes: SourceCounts::default(),
-        tunnels: SourceCounts::default(),
+        handshakes: Default::default(),
+        tunnels: Counts::default(),
         accept_failures: Seldom::every(FAILURE_LINES),
         handshake_failures: Seldom::every(FAILURE_LINES),
         context,
@@ -510,6 +507,10 @@ async fn run(
     tokio::task::spawn_local(supervise("sweep", panics.clone(), move || {
         sweep(own.clone())
     }));
+    let processor = worker.processor.clone();
+    tokio::task::spawn_local(supervise("turns", panics.clone(), move || {
+        processor.clone().serve()
+    }));
     let own = worker.clone();
     tokio::task::spawn_local(supervise("reevaluate", panics.clone(), move || {
         reevaluate(own.clone())
@@ -519,7 +520,8 @@ async fn run(
             Some(accepted) = sockets.recv() => accept::adopt(&worker, accepted),
             order = orders.recv() => match order {
                 Some(Order::Listen { listener, kind, served }) => {
-                    worker.spawn(accept::listen(worker.clone(), listener, kind, served));
+                    let own = worker.clone();
+                    worker.spawn(&served.clone(), accept::listen(own, listener, kind, served));
                 }
                 Some(Order::Close { served, reason }) => worker.registry.close(served, reason),
                 Some(Order::Exit) | None => return,
@@ -586,45 +588,6 @@ fn forbids(decision: Option<Decision>) -> Option<Option<NamespacedName>> {
     }
 }
 
-/// Counts per source address, on one thread.
-#[derive(Debug, Clone, Default)]
-pub(super) struct SourceCounts(Rc<RefCell<HashMap<IpAddr, usize>>>);
-
-impl SourceCounts {
-    /// One more for `source`, unless it has `limit` already. The map holds only sources that have any.
-    pub fn enter(&self, source: IpAddr, limit: usize) -> Option<SourceCount> {
-        let mut counts = self.0.borrow_mut();
-        let count = counts.entry(source).or_default();
-        if *count >= limit {
-            return None;
-        }
-        *count += 1;
-        Some(SourceCount {
-            counts: self.clone(),
-            source,
-        })
-    }
-}
-
-/// One of a source's.
-#[derive(Debug)]
-pub(super) struct SourceCount {
-    counts: SourceCounts,
-    source: IpAddr,
-}
-
-impl Drop for SourceCount {
-    fn drop(&mut self) {
-        let mut counts = self.counts.0.borrow_mut();
-        if let Some(count) = counts.get_mut(&self.source) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.source);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -664,21 +627,5 @@ mod tests {
                 "{own} of {loads:?}"
             );
         }
-    }
-
-    #[test]
-    fn a_source_at_its_limit_is_refused_and_others_are_not() {
-        let counts = SourceCounts::default();
-        let (noisy, quiet) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
-        let held: Vec<_> = (0..3).map_while(|_| counts.enter(noisy, 3)).collect();
-        assert_eq!(held.len(), 3);
-        assert!(counts.enter(noisy, 3).is_none());
-        assert!(counts.enter(quiet, 3).is_some());
-        drop(held);
-        assert!(counts.enter(noisy, 3).is_some(), "released again");
-        assert!(
-            counts.0.borrow().is_empty(),
-            "no memory of sources that have none"
-        );
     }
 }

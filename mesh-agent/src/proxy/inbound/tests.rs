@@ -12,7 +12,7 @@ fn local() -> LocalWorkload {
             .map(|text| text.parse().expect("literal"))
             .to_vec(),
         workload: Default::default(),
-        connections: Default::default(),
+        holds: Default::default(),
     }
 }
 

@@ -23,7 +23,7 @@ use tokio::{
     time::{Sleep, sleep, timeout},
 };
 
-use super::registry::CloseSignal;
+use super::{fair, registry::CloseSignal};
 use crate::{
     sys::socket::{set_finish_on_close, set_reset_on_close, unacknowledged_bytes},
     telemetry::CloseReason,
@@ -36,7 +36,7 @@ pub use tcp::relay_tcp;
 pub use tunnel::relay_tunnel;
 
 /// Reads, or writes, of one direction before the other has its turn and other connections have theirs: with large
-/// buffers 2 MiB.
+/// buffers 2 MiB. It is one while other workloads are active: the shortest turn that moves anything.
 const TURN: usize = 8;
 
 /// How long bytes before a FIN may take to be acknowledged, and bytes before a reset to be taken, before the reset
@@ -399,6 +399,11 @@ fn would_block(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
     )
+}
+
+/// How often a direction may read, or write, before others have their turn.
+fn turn() -> usize {
+    if fair::is_shared() { 1 } else { TURN }
 }
 
 /// Lets other tasks run before this direction goes on.

@@ -11,8 +11,8 @@ use bytes::{Buf, Bytes};
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
-    Directions, Drive, End, Fault, Flow, Meter, TURN, close as close_socket, drive, finish, guard,
-    read, reset, reset_after_fin, turn_over, would_block,
+    Directions, Drive, End, Fault, Flow, Meter, close as close_socket, drive, finish, guard, read,
+    reset, reset_after_fin, turn, turn_over, would_block,
 };
 use crate::proxy::{
     buffers::{Buffer, Size},
@@ -92,7 +92,7 @@ pub async fn relay_tunnel<M: Meter>(
 impl<M: Meter> Directions for TunnelDirections<'_, M> {
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         // What a socket that is gone still holds is bounded by its receive buffer.
-        let turn = if self.near_gone { usize::MAX } else { TURN };
+        let turn = if self.near_gone { usize::MAX } else { turn() };
         for _ in 0..turn {
             if !self.near_gone {
                 match self.near.poll_read_ready(cx) {
@@ -138,7 +138,7 @@ impl<M: Meter> Directions for TunnelDirections<'_, M> {
     }
 
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
-        for _ in 0..TURN {
+        for _ in 0..turn() {
             if self.chunk.is_empty() {
                 match ready!(self.receive.poll_data(cx)) {
                     Some(Ok(chunk)) => self.chunk = chunk,

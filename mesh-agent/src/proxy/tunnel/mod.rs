@@ -19,6 +19,7 @@ use tokio::{
 };
 
 use super::limits::Limits;
+use crate::telemetry::TunnelFailure;
 
 pub mod h2;
 pub mod headers;
@@ -57,8 +58,8 @@ pub enum TunnelError {
     /// The peer answered CONNECT with something else than 200.
     #[error("the peer answered {0}")]
     Refused(StatusCode),
-    /// A limit of this node: tunnels to one peer.
-    #[error("too many tunnels to this peer")]
+    /// A limit of this node on tunnels; `weft_limit_reached_total` says which.
+    #[error("no room for another tunnel")]
     Limit,
 }
 
@@ -75,6 +76,19 @@ impl TunnelError {
             | Self::NotTaken => true,
             Self::Refused(status) => status.is_server_error(),
             Self::NoCertificate(_) | Self::Limit => false,
+        }
+    }
+
+    /// What is counted for a tunnel that did not come about.
+    #[must_use]
+    pub fn failure(&self) -> TunnelFailure {
+        match self {
+            Self::Dial(_) => TunnelFailure::Dial,
+            Self::TimedOut(_) => TunnelFailure::TimedOut,
+            Self::Tls(_) => TunnelFailure::Tls,
+            Self::NoCertificate(_) => TunnelFailure::NoCertificate,
+            Self::Protocol(_) | Self::NotTaken | Self::Refused(_) => TunnelFailure::Http2,
+            Self::Limit => TunnelFailure::Limit,
         }
     }
 }
@@ -246,6 +260,14 @@ impl Incoming {
     pub fn refuse(self, status: StatusCode) {
         match self.respond {
             Responder::H2(respond) => respond.refuse(status),
+        }
+    }
+
+    /// Resets the stream as one that was not looked at (REFUSED_STREAM, RFC 9113 section 8.7): the client may try it on
+    /// another tunnel or elsewhere.
+    pub fn turn_away(self) {
+        match self.respond {
+            Responder::H2(respond) => respond.turn_away(),
         }
     }
 

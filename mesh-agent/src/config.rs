@@ -11,6 +11,8 @@ use std::{
 use mesh_api::{identity::Identity, local::Enrolment};
 use serde::{Deserialize, Serialize};
 
+use crate::proxy::limits::{Limits, STREAM_WINDOW_BYTES};
+
 /// Largest configuration file read, in bytes: thousands of workloads fit, a wrong file (a log, a disk) does not.
 pub const FILE_MAX_BYTES: u64 = 4 << 20;
 
@@ -134,6 +136,12 @@ pub struct ProxyConfig {
     pub drain_deadline_seconds: u64,
     /// Lifetime to ask certificates for, in seconds.
     pub certificate_lifetime_seconds: u64,
+    /// Connections, in and out, of one workload.
+    pub max_connections_per_workload: u64,
+    /// Bytes that may wait for the slow readers of one workload.
+    pub max_buffered_bytes_per_workload: u64,
+    /// Bytes that may wait for all slow readers of the node.
+    pub max_buffered_bytes: u64,
 }
 
 /// Most workers: more than any machine has cores that this proxy could feed.
@@ -143,10 +151,14 @@ const CERTIFICATE_LIFETIME_MIN_SECONDS: u64 = 10;
 
 impl Default for ProxyConfig {
     fn default() -> Self {
+        let limits = Limits::default();
         Self {
             workers: 0,
             drain_deadline_seconds: 5,
             certificate_lifetime_seconds: 24 * 60 * 60,
+            max_connections_per_workload: limits.connections_per_workload,
+            max_buffered_bytes_per_workload: limits.memory.per_workload_bytes,
+            max_buffered_bytes: limits.memory.per_node_bytes,
         }
     }
 }
@@ -255,6 +267,21 @@ impl AgentConfig {
                 "proxy.certificateLifetimeSeconds",
                 format!("at least {CERTIFICATE_LIFETIME_MIN_SECONDS}"),
             );
+        }
+        let least = u64::from(STREAM_WINDOW_BYTES);
+        for (setting, bytes) in [
+            (
+                "proxy.maxBufferedBytesPerWorkload",
+                self.proxy.max_buffered_bytes_per_workload,
+            ),
+            ("proxy.maxBufferedBytes", self.proxy.max_buffered_bytes),
+        ] {
+            if bytes < least {
+                return invalid(setting, format!("at least {least}, the window of a stream"));
+            }
+        }
+        if self.proxy.max_connections_per_workload == 0 {
+            return invalid("proxy.maxConnectionsPerWorkload", "at least 1".into());
         }
         self.validate_control_plane()?;
         self.validate_workloads()
@@ -383,13 +410,20 @@ mod tests {
     #[test]
     fn names_the_setting_that_cannot_work() {
         type Spoil = fn(&mut AgentConfig);
-        let cases: [(&str, Spoil); 9] = [
+        let cases: [(&str, Spoil); 12] = [
             ("node.name", |c| c.node.name.clear()),
             ("node.name", |c| c.node.name = "../n".into()),
             ("node.trustDomain", |c| c.node.trust_domain = "a b".into()),
             ("node.network", |c| c.node.network = "a/b".into()),
             ("listen.admin", |c| {
                 c.listen.admin = ([0, 0, 0, 0], 1).into()
+            }),
+            ("proxy.maxBufferedBytesPerWorkload", |c| {
+                c.proxy.max_buffered_bytes_per_workload = 1;
+            }),
+            ("proxy.maxBufferedBytes", |c| c.proxy.max_buffered_bytes = 1),
+            ("proxy.maxConnectionsPerWorkload", |c| {
+                c.proxy.max_connections_per_workload = 0;
             }),
             ("proxy.workers", |c| c.proxy.workers = WORKERS_MAX + 1),
             ("controlPlane.address", |c| {

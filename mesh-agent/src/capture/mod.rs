@@ -3,7 +3,10 @@
 
 use std::{
     net::{IpAddr, SocketAddr, TcpListener},
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64},
+    },
 };
 
 use arc_swap::ArcSwapOption;
@@ -59,6 +62,10 @@ pub struct Holdings {
     pub outbound_tunnels: AtomicU64,
     /// Descriptors of both.
     pub descriptors: AtomicU64,
+    /// Bytes that may wait here because somebody does not read them.
+    pub buffered_bytes: AtomicU64,
+    /// Window that streams to it shall have; 0 as long as nothing ever waited.
+    pub stream_window_bytes: AtomicU32,
 }
 
 impl LocalWorkload {

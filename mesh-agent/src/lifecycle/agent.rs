@@ -202,7 +202,7 @@ impl Agent {
             certificates: certificates.clone(),
             telemetry: telemetry.clone(),
             verdicts: capture.verdicts(),
-            limits: Arc::new(Limits::for_this_process()),
+            limits: Arc::new(Limits::for_this_process(&config.proxy)),
             node: config.node.name.as_str().into(),
             codec: TunnelCodec::default(),
         };

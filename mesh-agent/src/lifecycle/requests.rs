@@ -250,11 +250,13 @@ impl Agent {
 
     /// Everything the agent believes.
     fn dump(&self) -> Value {
+        // Connections need the index: it is free again before anything is written.
+        let mesh = self.mesh.read().picture();
         json!({
             "config": self.config,
             "status": self.status(),
             "discovery": self.discovery_summary(),
-            "mesh": self.mesh.read().dump(),
+            "mesh": mesh.dump(),
             "certificates": self.certificates.status(),
             "workers": self.workers.loads(),
             "sameNodeFlows": self.capture.same_node_flows().iter().map(|flow| json!({

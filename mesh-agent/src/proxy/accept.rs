@@ -4,12 +4,13 @@ use std::{io, net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Instant};
 
 use tokio::{
     net::{TcpListener, TcpStream},
+    task::yield_now,
     time::sleep,
 };
 
 use super::{
     inbound,
-    limits::ACCEPT_BACKOFF,
+    limits::{ACCEPT_BACKOFF, ACCEPT_BATCH},
     outbound, relay,
     room::{Need, Refused},
     unmapped,
@@ -43,6 +44,23 @@ pub(super) struct Accepted {
     admission: Admission,
 }
 
+impl Accepted {
+    /// A socket that `admission` has room for.
+    pub fn new(
+        socket: std::net::TcpStream,
+        peer: SocketAddr,
+        kind: Kind,
+        admission: Admission,
+    ) -> Self {
+        Self {
+            socket,
+            peer,
+            kind,
+            admission,
+        }
+    }
+}
+
 /// Accepts until the workload is no longer served. Errors of the system are waited out, never spun on.
 pub(super) async fn listen(
     worker: Rc<Worker>,
@@ -58,7 +76,10 @@ pub(super) async fn listen(
         }
     };
     let mut stopped = pin!(served.stop.cancelled());
-    loop {
+    for accepted_before in 1_usize.. {
+        if accepted_before.is_multiple_of(ACCEPT_BATCH) {
+            yield_now().await;
+        }
         let next = tokio::select! {
             () = &mut stopped => return,
             next = listener.accept() => next,
@@ -112,15 +133,8 @@ fn accepted(
             return;
         }
     };
-    let handed_over = worker.shared.hand_over(
-        index,
-        Accepted {
-            socket,
-            peer,
-            kind,
-            admission,
-        },
-    );
+    let accepted = Accepted::new(socket, peer, kind, admission);
+    let handed_over = worker.shared.hand_over(index, accepted);
     if let Err(accepted) = handed_over {
         adopt(worker, accepted);
     }

@@ -9,6 +9,7 @@ use tokio_rustls::TlsConnector;
 use super::{
     ProxyContext,
     limits::Limits,
+    memory::stream_window,
     pool::{Connector, PoolEvent, PoolKey, Pooled},
     room::{Need, Place, Room},
     tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::ReadAhead},
@@ -76,6 +77,7 @@ impl Dialer {
         let socket = dialled
             .await
             .map_err(|_| TunnelError::TimedOut("accept the connection"))?
+            .inspect_err(|error| self.telemetry.limits.dial_failed(error))
             .map_err(|error| TunnelError::Dial(Arc::new(error)))?;
         // Its statistics are wanted for as long as streams use it; without it there are none.
         let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
@@ -95,6 +97,8 @@ impl Dialer {
         let client = timeout_at(deadline, greeted)
             .await
             .map_err(|_| TunnelError::TimedOut("take the HTTP/2 preface"))??;
+        let holds = source.local.holds.clone();
+        client.follow_window(Rc::new(move || stream_window(&holds)));
         Ok(Tunnel {
             client,
             statistics: Rc::default(),

@@ -218,7 +218,7 @@ impl Processor {
                 if is_over.await {
                     break;
                 }
-                while self.serve_next() {
+                while !period.is_elapsed() && self.serve_next() {
                     // The runtime looks for events before it goes on.
                     yield_now().await;
                 }

@@ -2,7 +2,6 @@
 //! reaches the application before policy has allowed it.
 
 use std::{
-    collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
@@ -21,15 +20,14 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use super::{
-    OWN_PORTS,
     accept::{self, Kind},
-    never_a_destination,
+    memory::{Far, Stalls, stream_window},
     registry::{Judged, Registered},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
     room::{Need, Refused},
     tunnel::{
         Incoming, TunnelError, TunnelServer, TunnelStream,
-        headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
+        headers::{BAGGAGE, TraceParent, baggage, forwarded_host},
         transport::{ReadAhead, accept_tls},
     },
     unmapped,
@@ -49,6 +47,10 @@ use crate::{
         TunnelFailure,
     },
 };
+
+mod target;
+
+use target::{dialled_target, request_target};
 
 /// Why an inbound connection was refused.
 #[derive(Debug, thiserror::Error)]
@@ -158,7 +160,7 @@ pub(super) async fn serve_tunnel(
     };
     let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
     let shaken = Box::pin(shake_hands(&worker, &served.local, socket)).await;
-    let (identity, server) = match shaken {
+    let (identity, mut server) = match shaken {
         Ok(shaken) => shaken,
         Err(error) => {
             let telemetry = &worker.context.telemetry;
@@ -172,6 +174,8 @@ pub(super) async fn serve_tunnel(
         }
     };
     drop((permit, workload_permit));
+    let holds = served.local.holds.clone();
+    server.follow_window(Rc::new(move || stream_window(&holds)));
     let _open = worker.context.telemetry.tunnels.open(Direction::Inbound);
     serve_streams(
         &worker,
@@ -301,7 +305,7 @@ async fn serve_connect(
     ends: Rc<TunnelEnds>,
     incoming: Incoming,
 ) {
-    let _admission = match worker.shared.admit(worker.index, &served, Need::Stream) {
+    let admission = match worker.shared.admit(worker.index, &served, Need::Stream) {
         Ok(admission) => admission,
         Err(refused) => {
             let info = Guest::of_tunnel(&worker, &served, &ends).info();
@@ -322,7 +326,9 @@ async fn serve_connect(
         open,
     } = connected;
     let idle = worker.context.limits.time.half_close_idle;
-    let end = relay_tunnel(app, stream, &InboundMeter(&open), registered.signal(), idle).await;
+    let meter = InboundMeter(&open, admission.stalls(Far::Stream));
+    let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
+    drop(meter);
     if let Some(statistics) = ends.tcp_statistics() {
         open.observe_tcp(statistics);
     }
@@ -447,7 +453,9 @@ pub(super) async fn serve_plaintext(
         .observe_connect(Direction::Inbound, Security::None, began.elapsed());
     let open = worker.context.telemetry.open(info);
     let idle = worker.context.limits.time.half_close_idle;
-    let end = relay_tcp(app, client, &InboundMeter(&open), registered.signal(), idle).await;
+    let meter = InboundMeter(&open, admission.stalls(Far::Socket));
+    let end = relay_tcp(app, client, &meter, registered.signal(), idle).await;
+    drop(meter);
     open.finish(close_reason(end));
 }
 
@@ -462,7 +470,7 @@ fn close_reason(end: End) -> CloseReason {
     }
 }
 
-struct InboundMeter<'a>(&'a OpenConnection);
+struct InboundMeter<'a>(&'a OpenConnection, Stalls);
 
 impl Meter for InboundMeter<'_> {
     fn near_to_far(&self, bytes: usize) {
@@ -471,6 +479,10 @@ impl Meter for InboundMeter<'_> {
 
     fn far_to_near(&self, bytes: usize) {
         self.0.add_sent(bytes as u64);
+    }
+
+    fn waits(&self, up: bool, down: bool) {
+        self.1.set(up, down);
     }
 
     fn ended(&self, far: Option<&TcpStream>) {
@@ -568,7 +580,10 @@ impl<'a> Guest<'a> {
         };
         match app {
             Ok(Ok(app)) => Ok((app, registered)),
-            Ok(Err(error)) => Err(InboundError::Application(error)),
+            Ok(Err(error)) => {
+                self.worker.context.telemetry.limits.dial_failed(&error);
+                Err(InboundError::Application(error))
+            }
             Err(_) => Err(InboundError::Application(io::ErrorKind::TimedOut.into())),
         }
     }
@@ -628,65 +643,6 @@ async fn dial_application(
     let source =
         (client != destination.ip() && client.is_ipv4() == destination.is_ipv4()).then_some(client);
     dial(local, destination, DialOptions { source }).await
-}
-
-/// The application address that a CONNECT request means: always the workload's own, only the port is the client's
-/// choice.
-fn request_target(
-    method: &Method,
-    authority: &str,
-    own: IpAddr,
-    local: &LocalWorkload,
-    namespace: &str,
-    services: &BTreeMap<NamespacedName, BTreeMap<u16, u16>>,
-) -> Result<SocketAddr, InboundError> {
-    if *method != Method::CONNECT {
-        return Err(InboundError::BadRequest("method is not CONNECT"));
-    }
-    let port = match parse_authority(authority) {
-        Ok(Authority::Address(address)) if address.ip() != own => {
-            return Err(InboundError::BadRequest(
-                "authority is not the address that was dialled",
-            ));
-        }
-        Ok(Authority::Address(address)) => address.port(),
-        Ok(Authority::Host(host, port)) => service_port(&host, port, namespace, services)
-            .ok_or(InboundError::NotServed("service or port unknown"))?,
-        Err(_) => {
-            return Err(InboundError::BadRequest(
-                "authority is not an address or host name with a port",
-            ));
-        }
-    };
-    dialled_target(SocketAddr::new(own, port), local)
-}
-
-/// The target port of a service that this workload belongs to; services of its own namespace first.
-fn service_port(
-    host: &str,
-    port: u16,
-    namespace: &str,
-    services: &BTreeMap<NamespacedName, BTreeMap<u16, u16>>,
-) -> Option<u16> {
-    let named = || {
-        services
-            .iter()
-            .filter(|(key, _)| key.name.eq_ignore_ascii_case(host))
-    };
-    let own = named().find(|(key, _)| *key.namespace == *namespace);
-    let (_, ports) = own.or_else(|| named().next())?;
-    ports.get(&port).copied().filter(|target| *target != 0)
-}
-
-/// Refuses destinations that are not the application's: others' addresses, loopback, the proxy's own ports.
-fn dialled_target(address: SocketAddr, local: &LocalWorkload) -> Result<SocketAddr, InboundError> {
-    if never_a_destination(address.ip()) || !local.owns(address.ip()) {
-        return Err(InboundError::BadRequest("address is not this workload's"));
-    }
-    if OWN_PORTS.contains(&address.port()) {
-        return Err(InboundError::NotServed("port is the proxy's own"));
-    }
-    Ok(address)
 }
 
 #[cfg(test)]

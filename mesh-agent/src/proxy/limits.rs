@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
 
+use crate::config::ProxyConfig;
+
 /// Limits of the data path. All counts are per node unless their name says otherwise. docs/limits.md lists them with
 /// their metrics and tests.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,10 +15,21 @@ pub struct Limits {
     /// Descriptors that connections, tunnels and listeners of all workloads may hold;
     /// [`Limits::for_this_process`] derives it from the descriptor limit. How they are shared: [`super::share`].
     pub descriptors: u64,
+    /// Bytes that may wait here.
+    pub memory: MemoryLimits,
     /// Limits of tunnels.
     pub tunnel: TunnelLimits,
     /// Deadlines.
     pub time: TimeLimits,
+}
+
+/// Bytes that may wait here because somebody does not read. How they bound what is held: [`super::memory`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryLimits {
+    /// Of one workload: sixty-four stopped streams with whole windows.
+    pub per_workload_bytes: u64,
+    /// Of the node: four workloads with as much.
+    pub per_node_bytes: u64,
 }
 
 /// Limits of tunnels.
@@ -85,6 +98,9 @@ pub const MIN_DESCRIPTORS: u64 = 128;
 /// HTTP/2 stream window, 4 MiB: what Istio's ztunnel uses; 10 Gbit/s at 3 ms. It is the byte budget of one stream: a
 /// reader that stops holds no more, which is less than the kernel's own receive buffer would (6 MiB, `tcp_rmem`).
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// Least HTTP/2 stream window, 64 KiB: what streams of a workload get that has used up its bytes. It is the protocol's
+/// own initial window (RFC 9113 section 6.9.2), which every peer works with.
+pub const STREAM_WINDOW_MIN_BYTES: u32 = 64 << 10;
 /// Largest window of a connection or stream (RFC 9113 section 6.9.1).
 pub const WINDOW_MAX_BYTES: u32 = (1 << 31) - 1;
 /// Largest frame we accept, 1 MiB: 16 KiB frames cost the `h2` crate a quarter of its throughput (measured).
@@ -104,6 +120,8 @@ pub const MAX_LOCAL_RESET_STREAMS: usize = 64;
 /// Streams reset by us because of the peer's errors; more and the connection is closed (CVE-2025-8671).
 pub const MAX_LOCAL_ERROR_RESETS: usize = 1024;
 
+/// Connections that a listener accepts, or refuses, before other tasks have their turn: some 20 µs each.
+pub const ACCEPT_BATCH: usize = 16;
 /// Pause of an accept loop after the system refused (descriptors or memory): long enough not to spin, short enough
 /// that accepting resumes well within a second.
 pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
@@ -128,6 +146,10 @@ impl Default for Limits {
         Self {
             connections_per_workload: 20_000,
             descriptors: 16_384,
+            memory: MemoryLimits {
+                per_workload_bytes: 256 << 20,
+                per_node_bytes: 1 << 30,
+            },
             tunnel: TunnelLimits {
                 per_key: 64,
                 spread: 2,
@@ -153,10 +175,15 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// The defaults, with as many descriptors as the process may open.
+    /// What is configured, with as many descriptors as the process may open.
     #[must_use]
-    pub fn for_this_process() -> Self {
+    pub fn for_this_process(config: &ProxyConfig) -> Self {
         let mut limits = Self::default();
+        limits.connections_per_workload = config.max_connections_per_workload;
+        limits.memory = MemoryLimits {
+            per_workload_bytes: config.max_buffered_bytes_per_workload,
+            per_node_bytes: config.max_buffered_bytes,
+        };
         match getrlimit(Resource::RLIMIT_NOFILE) {
             Ok((soft, _)) => limits.descriptors = descriptors_of(soft),
             Err(error) => {

@@ -22,6 +22,7 @@ pub mod connect;
 pub mod fair;
 pub mod inbound;
 pub mod limits;
+pub mod memory;
 pub mod outbound;
 pub mod pool;
 pub mod registry;

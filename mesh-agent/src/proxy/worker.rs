@@ -35,6 +35,7 @@ use super::{
         FAILURE_LINES, HANDOVER_QUEUE, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
         RESTART_PAUSE, SWEEP_INTERVAL,
     },
+    memory::{Far, Memory, Stalls},
     pool::Pool,
     registry::Registry,
     room::{Need, Place, Refused, Room},
@@ -81,6 +82,7 @@ pub(super) struct Shared {
     mailboxes: Vec<Mailbox>,
     pub telemetry: Arc<Telemetry>,
     pub room: Arc<Room>,
+    pub memory: Arc<Memory>,
     total: AtomicUsize,
     empty: Notify,
 }
@@ -139,6 +141,7 @@ impl Workers {
             mailboxes,
             telemetry: context.telemetry.clone(),
             room: Arc::new(Room::new(context.limits.clone(), context.telemetry.clone())),
+            memory: Memory::new(context.limits.memory.clone(), context.telemetry.clone()),
             total: AtomicUsize::new(0),
             empty: Notify::new(),
         });
@@ -430,6 +433,11 @@ impl Admission {
         &self.served
     }
 
+    /// The account of what it may hold here.
+    pub fn stalls(&self, far: Far) -> Stalls {
+        Stalls::new(&self.shared.memory, &self.served.local.holds, far)
+    }
+
     /// It goes on as a stream of a tunnel.
     pub fn tunnelled(&mut self) {
         self.place.tunnelled();
@@ -589,43 +597,4 @@ fn forbids(decision: Option<Decision>) -> Option<Option<NamespacedName>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_task_that_panics_is_counted_and_begun_anew() {
-        let panics = IntCounter::new("panics", "of tasks").expect("a valid name");
-        let mut begun = 0;
-        let supervised = supervise("test", panics.clone(), || {
-            begun += 1;
-            let fails = begun <= 2;
-            async move { assert!(!fails, "a bug") }
-        });
-        supervised.await;
-        assert_eq!((begun, panics.get()), (3, 2));
-    }
-
-    #[test]
-    fn a_live_connection_of_an_unknown_workload_must_end() {
-        assert_eq!(forbids(None), Some(None));
-    }
-
-    #[test]
-    fn a_connection_stays_unless_another_worker_is_clearly_less_loaded() {
-        for (own, loads, expected) in [
-            (0, vec![0, 0], 0),
-            (0, vec![1, 0], 0),
-            (0, vec![2, 0], 1),
-            (1, vec![0, 2], 0),
-            (0, vec![101, 100], 0),
-            (0, vec![120, 100], 1),
-            (0, vec![5], 0),
-        ] {
-            assert_eq!(
-                less_loaded(own, loads.iter().copied()),
-                expected,
-                "{own} of {loads:?}"
-            );
-        }
-    }
-}
+mod tests;

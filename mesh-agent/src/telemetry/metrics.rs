@@ -253,6 +253,10 @@ pub enum Limit {
     TunnelsPerWorkload,
     /// Accepted sockets that wait for another worker; they stay where they are.
     HandoverQueue,
+    /// Bytes that wait because somebody does not read them: the workload's streams have the least window now.
+    BufferedBytes,
+    /// Source ports towards one destination, which the kernel chooses from `ip_local_port_range`.
+    SourcePorts,
     /// Orders that wait for a worker.
     OrderQueue,
     /// Time for a client's TLS handshake.
@@ -263,7 +267,7 @@ pub enum Limit {
 
 impl Limit {
     /// Every limit.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Accept,
         Self::Descriptors,
         Self::DescriptorShare,
@@ -274,6 +278,8 @@ impl Limit {
         Self::TunnelsPerKey,
         Self::TunnelsPerWorkload,
         Self::HandoverQueue,
+        Self::BufferedBytes,
+        Self::SourcePorts,
         Self::OrderQueue,
         Self::HandshakeDeadline,
         Self::FirstFrameDeadline,
@@ -293,6 +299,8 @@ impl Limit {
             Self::TunnelsPerKey => "tunnels_per_key",
             Self::TunnelsPerWorkload => "tunnels_per_workload",
             Self::HandoverQueue => "handover_queue",
+            Self::BufferedBytes => "buffered_bytes",
+            Self::SourcePorts => "source_ports",
             Self::OrderQueue => "order_queue",
             Self::HandshakeDeadline => "handshake_deadline",
             Self::FirstFrameDeadline => "first_frame_deadline",
@@ -309,6 +317,8 @@ pub struct LimitMetrics {
     pub descriptors: IntGauge,
     /// Descriptors that they hold.
     pub descriptors_used: IntGauge,
+    /// Bytes that may wait for somebody to read them.
+    pub buffered_bytes: IntGauge,
 }
 
 impl LimitMetrics {
@@ -336,6 +346,11 @@ impl LimitMetrics {
                 "weft_descriptors_used",
                 "Descriptors that workloads hold",
             ),
+            buffered_bytes: gauge(
+                registry,
+                "weft_buffered_bytes",
+                "Bytes that may wait in the proxy for somebody to read them",
+            ),
         }
     }
 
@@ -348,6 +363,13 @@ impl LimitMetrics {
     pub fn refused(&self, namespace: &str, name: &str) {
         let workload = format!("{namespace}/{name}");
         self.refused.with_label_values(&[&workload]).inc();
+    }
+
+    /// Counts a failed dial if there was no source port left. connect(2): EADDRNOTAVAIL.
+    pub fn dial_failed(&self, error: &std::io::Error) {
+        if error.kind() == std::io::ErrorKind::AddrNotAvailable {
+            self.reached(Limit::SourcePorts);
+        }
     }
 
     /// Forgets a workload (`<namespace>/<name>`) that was un-enrolled.

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io::ErrorKind};
 
 use mesh_api::names::WorkloadUid;
 
@@ -319,6 +319,7 @@ fn every_documented_metric_is_there() {
         "weft_workload_refused_total{workload=\"shop/web\"} 1",
         "weft_descriptors 0",
         "weft_descriptors_used 0",
+        "weft_buffered_bytes 0",
         "weft_policy_audit_total{policy=\"shop/only-web\"} 1",
         "weft_policy_revoked_total 0",
     ] {
@@ -337,11 +338,56 @@ fn every_documented_metric_is_there() {
 }
 
 #[test]
+fn only_a_want_of_source_ports_counts_as_one() {
+    let telemetry = Telemetry::new("1.2.3");
+    for kind in [ErrorKind::ConnectionRefused, ErrorKind::AddrNotAvailable] {
+        telemetry.limits.dial_failed(&kind.into());
+    }
+    let line = "weft_limit_reached_total{limit=\"source_ports\"} 1\n";
+    assert!(telemetry.render().contains(line));
+}
+
+#[test]
+fn pods_that_come_and_go_leave_no_series() {
+    let telemetry = Telemetry::new("1.2.3");
+    let series = |now| {
+        let text = telemetry.render_at(now);
+        text.lines().filter(|line| !line.starts_with('#')).count()
+    };
+    let come_and_go = |n: usize| {
+        let (name, workload) = (format!("pod-{n}"), format!("shop/pod-{n}"));
+        telemetry.capture.set_state(&workload, true);
+        telemetry.limits.refused("shop", &name);
+        telemetry.certificates.renewed(&identity(&name), 1);
+        telemetry
+            .open(connection(&name, "db"))
+            .finish(CloseReason::Finished);
+        telemetry.certificates.forget(&identity(&name));
+        telemetry.forget_workload(&workload);
+    };
+    let start = Instant::now();
+    let before = series(start);
+    (0..EDGES_MAX).for_each(come_and_go);
+    assert!(
+        series(start) > before + EDGES_MAX,
+        "edges live on for a while"
+    );
+    assert_eq!(series(start + EDGE_IDLE * 2), before);
+    let capture = telemetry.render();
+    assert!(
+        !capture.contains("pod-"),
+        "of pods themselves nothing stays"
+    );
+}
+
+#[test]
 fn every_limit_is_documented() {
-    let documented = include_str!("../../../docs/metrics.md");
+    let metrics = include_str!("../../../docs/metrics.md");
+    let limits = include_str!("../../../docs/limits.md");
     for limit in Limit::ALL {
         let row = format!("`{}`", limit.name());
-        assert!(documented.contains(&row), "{row} is missing");
+        assert!(metrics.contains(&row), "{row} is missing in metrics.md");
+        assert!(limits.contains(&row), "{row} is missing in limits.md");
     }
 }
 

@@ -188,7 +188,7 @@ fn attack(
 }
 
 /// Clients that talk, one round after the other, until the attacks are over. Returns the rounds.
-fn honest_clients(world: &World, to: SocketAddr, over: &AtomicBool) -> Result<u64> {
+pub fn honest_clients(world: &World, to: SocketAddr, over: &AtomicBool) -> Result<u64> {
     let (web, mut rounds) = (world.lab.pod("web")?, 0);
     while !over.load(Ordering::Relaxed) {
         let connections = HONEST_CONNECTIONS.to_string();

@@ -2,6 +2,7 @@
 //! description alone, with a certificate of the mesh. Needs root.
 
 mod attacks;
+mod floods;
 mod interop;
 mod peer;
 mod raw;

@@ -37,7 +37,7 @@ const fn figure(name: &'static str, unit: &'static str, audience: Audience) -> F
 }
 
 /// Every figure, in the order of the table.
-pub static FIGURES: [Figure; 21] = [
+pub static FIGURES: [Figure; 23] = [
     figure("bulk-1", "Gbit/s", Audience::All),
     figure("bulk-8", "Gbit/s", Audience::All),
     figure("http-rps-1", "/s", Audience::All),
@@ -50,6 +50,8 @@ pub static FIGURES: [Figure; 21] = [
     figure("rate2000-p99", "µs", Audience::All),
     figure("rate2000-p999", "µs", Audience::All),
     figure("connect-rate", "/s", Audience::All),
+    figure("neighbour-p99-quiet", "µs", Audience::All),
+    figure("neighbour-p99-storm", "µs", Audience::All),
     figure("cpu-s-per-gb", "s", Audience::All),
     figure("cpu-s-per-10k-req", "s", Audience::All),
     figure("rss-idle-mb", "MB", Audience::Meshes),

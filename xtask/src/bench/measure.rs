@@ -15,6 +15,7 @@ use nix::sys::signal::Signal;
 use super::{
     Mesh,
     figures::{DIRECT, WEFT},
+    neighbour,
     scene::{self, BULK, CLIENT, ECHO, HTTP, LOCAL, NEAR, OUTSIDER, SERVER, Scene},
 };
 
@@ -44,7 +45,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    fn seconds(&self) -> (&'static str, String) {
+    /// As an option of the load tool.
+    pub fn seconds(&self) -> (&'static str, String) {
         ("--seconds", self.duration.as_secs_f64().to_string())
     }
 }
@@ -60,7 +62,8 @@ pub struct Value {
     pub value: f64,
 }
 
-fn value(figure: &'static str, value: f64) -> Value {
+/// One of the variant that is up.
+pub fn value(figure: &'static str, value: f64) -> Value {
     Value {
         figure,
         variant: None,
@@ -81,7 +84,7 @@ pub struct Measurement {
 }
 
 /// All, in their order: memory while the proxies are fresh, disturbances last.
-pub static MEASUREMENTS: [Measurement; 12] = [
+pub static MEASUREMENTS: [Measurement; 13] = [
     Measurement {
         title: "cold start",
         figures: &["cold-start-ms"],
@@ -131,6 +134,11 @@ pub static MEASUREMENTS: [Measurement; 12] = [
         title: "new connections",
         figures: &["connect-rate"],
         take: connect_rate,
+    },
+    Measurement {
+        title: "a noisy neighbour",
+        figures: &["neighbour-p99-quiet", "neighbour-p99-storm"],
+        take: neighbour::take,
     },
     Measurement {
         title: "same node",

@@ -28,6 +28,8 @@ pub const CLIENT: &str = "client";
 pub const LOCAL: &str = "local";
 /// The server on the other node.
 pub const SERVER: &str = "server";
+/// The server of a quiet pod, on the other node.
+pub const QUIET: &str = "quiet";
 /// A pod on [`NEAR`] that no mesh has; it dials itself.
 pub const OUTSIDER: &str = "outsider";
 
@@ -71,7 +73,7 @@ impl Scene {
                     PodSpec::new(OUTSIDER).unmeshed(),
                 ],
             )
-            .node(FAR, [PodSpec::new(SERVER)]);
+            .node(FAR, [PodSpec::new(SERVER), PodSpec::new(QUIET)]);
         let lab = Lab::build(spec)?;
         for netns in lab
             .pods()
@@ -89,6 +91,8 @@ impl Scene {
             (LOCAL, "http-server", HTTP),
             (LOCAL, "bulk-server", BULK),
             (LOCAL, "echo-server", ECHO),
+            (QUIET, "http-server", HTTP),
+            (QUIET, "echo-server", ECHO),
             (OUTSIDER, "echo-server", ECHO),
         ] {
             let pod = lab.pod(pod)?;

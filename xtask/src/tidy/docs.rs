@@ -7,8 +7,8 @@ use super::{
     lexer::{code_of, is_word, words},
 };
 
-/// The table of promises.
-const GUARANTEES: &str = "docs/guarantees.md";
+/// The documents whose tables are promises.
+const PROMISES: [&str; 2] = ["docs/guarantees.md", "docs/limits.md"];
 
 /// Relative links of Markdown files whose target does not exist.
 pub fn links(root: &Path, sources: &[Source]) -> Vec<Finding> {
@@ -42,11 +42,17 @@ pub fn links(root: &Path, sources: &[Source]) -> Vec<Finding> {
 }
 
 /// Promises without a test, and tests that do not exist. A test is named as `path/of/file.rs::name_of_test`, in
-/// backquotes; every row of a table of the document names at least one.
+/// backquotes; every row of a table of these documents names at least one.
 pub fn guarantees(sources: &[Source]) -> Vec<Finding> {
-    let Some(document) = sources.iter().find(|source| source.name() == GUARANTEES) else {
-        return Vec::new();
-    };
+    let documents = sources
+        .iter()
+        .filter(|source| PROMISES.contains(&&*source.name()));
+    documents
+        .flat_map(|document| promises(document, sources))
+        .collect()
+}
+
+fn promises(document: &Source, sources: &[Source]) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut in_table = false;
     for (number, line) in document.text.lines().enumerate() {

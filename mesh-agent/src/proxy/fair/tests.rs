@@ -79,7 +79,11 @@ async fn a_thousand_busy_tasks_get_no_more_than_one() {
     let many = (0..1000).map(|_| (1, 50_000));
     let local = LocalSet::new();
     let worked = local
-        .run_until(run(&processor, 2_000 * QUANTUM, many.chain([(2, 50_000)])))
+        .run_until(run(
+            &processor,
+            2_000 * QUANTUM,
+            [(2, 50_000)].into_iter().chain(many),
+        ))
         .await;
     let (storm, neighbour) = (worked[&1], worked[&2]);
     assert!(neighbour * 10 >= storm * 9, "{storm} and {neighbour}");

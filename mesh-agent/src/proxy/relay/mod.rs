@@ -51,6 +51,9 @@ pub trait Meter {
     fn near_to_far(&self, bytes: usize);
     /// From the other side to the application.
     fn far_to_near(&self, bytes: usize);
+    /// Says whether what the application sent waits for the other side (`up`), and the other way round (`down`). Called
+    /// when that changes.
+    fn waits(&self, up: bool, down: bool);
     /// No more will be; `far` is the other side where that is a socket, open still for measurements.
     fn ended(&self, far: Option<&TcpStream>);
 }
@@ -108,6 +111,8 @@ trait Directions {
     fn up_waits(&self) -> bool;
     /// What the other side sent waits for the application, so nothing more is read from the other side.
     fn down_waits(&self) -> bool;
+    /// Tells the meter which directions wait.
+    fn note_waits(&self, up: bool, down: bool);
     /// From now on only what the application had sent already is passed on.
     fn near_is_gone(&mut self);
     /// Bytes passed on since the beginning; only its changes matter.
@@ -120,6 +125,8 @@ struct Drive<D> {
     up: Flow,
     down: Flow,
     down_first: bool,
+    /// Which directions waited when last told.
+    waited: (bool, bool),
 }
 
 impl<D: Directions> Drive<D> {
@@ -129,6 +136,7 @@ impl<D: Directions> Drive<D> {
             up: Flow::Open,
             down: Flow::Open,
             down_first: false,
+            waited: (false, false),
         }
     }
 
@@ -142,6 +150,11 @@ impl<D: Directions> Drive<D> {
         } else {
             self.poll_up(cx);
             self.poll_down(cx);
+        }
+        let waits = (self.directions.up_waits(), self.directions.down_waits());
+        if waits != self.waited {
+            self.waited = waits;
+            self.directions.note_waits(waits.0, waits.1);
         }
         let end = match (self.up, self.down) {
             (Flow::Finished, Flow::Finished) => Some(End::Finished),

@@ -215,6 +215,10 @@ impl<M: Meter> Directions for TcpDirections<'_, M> {
         self.down.waits
     }
 
+    fn note_waits(&self, up: bool, down: bool) {
+        self.meter.waits(up, down);
+    }
+
     fn near_is_gone(&mut self) {
         self.near_gone = true;
     }

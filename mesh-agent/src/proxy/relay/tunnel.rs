@@ -181,6 +181,10 @@ impl<M: Meter> Directions for TunnelDirections<'_, M> {
         !self.chunk.is_empty()
     }
 
+    fn note_waits(&self, up: bool, down: bool) {
+        self.meter.waits(up, down);
+    }
+
     fn near_is_gone(&mut self) {
         self.near_gone = true;
     }

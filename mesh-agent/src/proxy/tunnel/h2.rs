@@ -1,7 +1,7 @@
 //! Tunnels by the `h2` crate, set up as measured in the tunnel experiment: large frames, windows and buffers.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     future::{Future, poll_fn},
     io,
     os::fd::{AsFd, OwnedFd},
@@ -12,6 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::FutureExt;
 use h2::{
     Ping, PingPong, Reason, RecvStream, SendStream,
     client::{self, SendRequest},
@@ -24,7 +25,8 @@ use tokio::{
 };
 
 use super::{
-    ConnectRequest, Incoming, StreamError, TunnelError, TunnelReceive, TunnelSend, TunnelStream,
+    ConnectRequest, Incoming, StreamError, StreamWindow, TunnelError, TunnelReceive, TunnelSend,
+    TunnelStream,
 };
 use crate::{
     proxy::{
@@ -44,6 +46,40 @@ pub struct Client {
     requests: SendRequest<Bytes>,
     open: Rc<Cell<bool>>,
     socket: Option<Rc<OwnedFd>>,
+    window: Rc<Window>,
+}
+
+/// The window of a tunnel's streams: what was granted last, and what shall be.
+struct Window {
+    granted: Cell<u32>,
+    wanted: RefCell<Option<StreamWindow>>,
+}
+
+impl std::fmt::Debug for Window {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Window").field(&self.granted).finish()
+    }
+}
+
+impl Window {
+    fn new() -> Rc<Self> {
+        Rc::new(Self {
+            granted: Cell::new(STREAM_WINDOW_BYTES),
+            wanted: RefCell::default(),
+        })
+    }
+
+    /// Has `grant` say a changed window to the peer (RFC 9113 section 6.9.2). It fails while the peer has not
+    /// acknowledged earlier settings; the next call tries again.
+    fn update<E>(&self, grant: impl FnOnce(u32) -> Result<(), E>) {
+        let wanted = self.wanted.borrow().as_ref().map(|wanted| wanted());
+        if let Some(wanted) = wanted
+            && wanted != self.granted.get()
+            && grant(wanted).is_ok()
+        {
+            self.granted.set(wanted);
+        }
+    }
 }
 
 impl Client {
@@ -76,12 +112,18 @@ impl Client {
             limits.time.ping_timeout,
         );
         let guard = Closes(open.clone());
+        let window = Window::new();
+        let own_window = window.clone();
         fair::spawn_local(async move {
             let _guard = guard;
             // Boxed: a tunnel's state is large, and tasks are moved when they are spawned.
             let mut keepalive = Box::pin(keepalive);
+            let running = poll_fn(|cx| {
+                own_window.update(|bytes| connection.set_initial_window_size(bytes));
+                connection.poll_unpin(cx)
+            });
             tokio::select! {
-                ended = &mut connection => if let Err(error) = ended {
+                ended = running => if let Err(error) = ended {
                     tracing::debug!(%error, "tunnel ended");
                 },
                 () = &mut keepalive => tracing::debug!("tunnel's peer answers no PING"),
@@ -91,7 +133,12 @@ impl Client {
             requests,
             open,
             socket,
+            window,
         })
+    }
+
+    pub(super) fn follow_window(&self, window: StreamWindow) {
+        *self.window.wanted.borrow_mut() = Some(window);
     }
 
     pub(super) fn is_open(&self) -> bool {
@@ -161,6 +208,7 @@ impl Drop for Closes {
 pub struct Server<T> {
     connection: server::Connection<T, Bytes>,
     ping: Keepalive,
+    window: Rc<Window>,
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
@@ -184,7 +232,12 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
             limits.time.ping_interval,
             limits.time.ping_timeout,
         )));
-        Ok(Self { connection, ping })
+        let window = Window::new();
+        Ok(Self {
+            connection,
+            ping,
+            window,
+        })
     }
 
     pub(super) async fn accept(&mut self) -> Option<Result<Incoming, TunnelError>> {
@@ -192,6 +245,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
             if self.ping.0.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Some(Err(TunnelError::TimedOut("answer PING"))));
             }
+            let connection = &mut self.connection;
+            self.window
+                .update(|bytes| connection.set_initial_window_size(bytes));
             let Some(next) = ready!(self.connection.poll_accept(cx)) else {
                 return Poll::Ready(None);
             };
@@ -207,6 +263,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
             })))
         })
         .await
+    }
+
+    pub(super) fn follow_window(&mut self, window: StreamWindow) {
+        *self.window.wanted.borrow_mut() = Some(window);
     }
 
     pub(super) fn shut_down(&mut self) {

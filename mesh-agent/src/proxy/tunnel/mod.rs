@@ -111,6 +111,9 @@ pub struct ConnectRequest {
     pub headers: HeaderMap,
 }
 
+/// Says which window the streams of a tunnel shall have, in bytes; asked whenever the tunnel is at work.
+pub type StreamWindow = Rc<dyn Fn() -> u32>;
+
 /// The client end of a tunnel. Cheap to clone; the tunnel closes when the last clone and the last stream are gone.
 #[derive(Debug, Clone)]
 pub enum TunnelClient {
@@ -165,6 +168,13 @@ impl TunnelClient {
     ) -> Result<(TunnelStream, HeaderMap), TunnelError> {
         match self {
             Self::H2(client) => client.open(request).await,
+        }
+    }
+
+    /// From now on grants streams the window that `window` says, open streams included.
+    pub fn follow_window(&self, window: StreamWindow) {
+        match self {
+            Self::H2(client) => client.follow_window(window),
         }
     }
 
@@ -224,6 +234,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TunnelServer<T> {
     pub async fn accept(&mut self) -> Option<Result<Incoming, TunnelError>> {
         match self {
             Self::H2(server) => server.accept().await,
+        }
+    }
+
+    /// From now on grants streams the window that `window` says, open streams included.
+    pub fn follow_window(&mut self, window: StreamWindow) {
+        match self {
+            Self::H2(server) => server.follow_window(window),
         }
     }
 

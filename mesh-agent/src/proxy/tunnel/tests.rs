@@ -10,6 +10,9 @@ use tokio::{
 };
 
 use super::*;
+use crate::proxy::limits::{
+    STREAM_SEND_BUFFER_BYTES, STREAM_WINDOW_BYTES, STREAM_WINDOW_MIN_BYTES,
+};
 
 const MIB: usize = 1 << 20;
 
@@ -218,6 +221,58 @@ async fn the_servers_stream_limit_reaches_the_client() {
             );
             drop((stream, client));
             assert_eq!(accepted.await.expect("no panic"), 1);
+        })
+        .await;
+}
+
+/// Sends on a stream that nobody reads until no more goes; returns how much went.
+async fn fill(stream: &mut TunnelStream) -> usize {
+    let mut sent = 0;
+    loop {
+        let room = poll_fn(|cx| stream.send.poll_room(cx, 64 << 10));
+        // Time is the runtime's: it passes when nothing else can happen.
+        match timeout(Duration::from_secs(1), room).await {
+            Ok(room) => {
+                let room = room.expect("open");
+                stream.send.send(vec![0; room].into()).expect("open");
+                sent += room;
+            }
+            Err(_) => return sent,
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_get_the_window_that_the_workload_may_have_now() {
+    LocalSet::new()
+        .run_until(async {
+            let (client, mut server) = ends().await;
+            let window = Rc::new(std::cell::Cell::new(STREAM_WINDOW_BYTES));
+            let wanted = window.clone();
+            server.follow_window(Rc::new(move || wanted.get()));
+            let accepted = spawn_local(async move {
+                let mut held = Vec::new();
+                while let Some(Ok(incoming)) = server.accept().await {
+                    held.push(incoming.accept(HeaderMap::new()).expect("there"));
+                }
+            });
+            // A codec may take more than the window, up to its own buffer.
+            let within = |window: u32, sent: usize| {
+                let window = window as usize;
+                assert!(
+                    (window..=window + STREAM_SEND_BUFFER_BYTES).contains(&sent),
+                    "{sent}"
+                );
+            };
+            let (mut first, _) = client.open(request()).await.expect("200");
+            within(STREAM_WINDOW_BYTES, fill(&mut first).await);
+            window.set(STREAM_WINDOW_MIN_BYTES);
+            // The change goes out with the answer to this one.
+            let (_, _) = client.open(request()).await.expect("200");
+            let (mut last, _) = client.open(request()).await.expect("200");
+            within(STREAM_WINDOW_MIN_BYTES, fill(&mut last).await);
+            drop((first, last, client));
+            accepted.await.expect("no panic");
         })
         .await;
 }

@@ -137,9 +137,11 @@ fn without_descriptors_the_agent_waits_and_goes_on_at_once_when_there_are_some()
 
     let pid = world.mesh.agent(world.lab.node("n1")?)?.pid().as_raw();
     let agent = Pid::from_raw(pid).context("a process")?;
+    // The agent's hard limit is inherited from here.
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let none = Rlimit {
         current: Some(next_descriptor(pid)?),
-        maximum: None,
+        maximum: Some(hard),
     };
     let before = prlimit(Some(agent), rustix::process::Resource::Nofile, none)?;
     let began = Instant::now();

@@ -205,7 +205,8 @@ impl Processor {
     /// Serves waiting tasks for as long as the worker runs.
     pub async fn serve(self: Rc<Self>) {
         loop {
-            poll_fn(|cx| self.poll_work(cx, |own| own.active.get() > 0)).await;
+            let work = |own: &Self| own.active.get() > 0 || !own.backlog.borrow().is_empty();
+            poll_fn(|cx| self.poll_work(cx, work)).await;
             let mut period = std::pin::pin!(sleep(ACTIVE_FOR));
             loop {
                 let is_over = poll_fn(|cx| {

@@ -165,7 +165,7 @@ mod tests {
     fn promises_name_tests_that_exist() {
         let document = "| Promise | Test |\n|---|---|\n| a | `tests/tests/x.rs::holds` |\n| b | `tests/tests/x.rs::gone` |\n| c | soon |\n\nProse about `x.rs`.\n";
         let sources = [
-            source(GUARANTEES, document),
+            source(PROMISES[0], document),
             source(
                 "tests/tests/x.rs",
                 "#[test]\nfn holds() {}\n// fn gone() {}\n",

@@ -276,3 +276,41 @@ async fn streams_get_the_window_that_the_workload_may_have_now() {
         })
         .await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_full_stream_whose_window_shrank_goes_on_when_it_is_read() {
+    LocalSet::new()
+        .run_until(async {
+            let (client, mut server) = ends().await;
+            let window = Rc::new(std::cell::Cell::new(STREAM_WINDOW_BYTES));
+            let wanted = window.clone();
+            server.follow_window(Rc::new(move || wanted.get()));
+            let (tell, mut told) = tokio::sync::mpsc::channel(2);
+            spawn_local(async move {
+                while let Some(Ok(incoming)) = server.accept().await {
+                    let stream = incoming.accept(HeaderMap::new()).expect("there");
+                    tell.send(stream).await.expect("wanted");
+                }
+            });
+            let (mut full, _) = client.open(request()).await.expect("200");
+            let mut reader = told.recv().await.expect("accepted");
+            let mut sent = fill(&mut full).await;
+            window.set(STREAM_WINDOW_MIN_BYTES);
+            let (_other, _) = client.open(request()).await.expect("200");
+            // Nothing more goes: the window is closed, by more than it was before.
+            assert!(fill(&mut full).await <= STREAM_SEND_BUFFER_BYTES);
+            let reading = spawn_local(async move { read_to_end(&mut reader.receive).await });
+            for _ in 0..100 {
+                let room = poll_fn(|cx| full.send.poll_room(cx, 64 << 10));
+                let room = timeout(Duration::from_secs(10), room).await;
+                let room = room.expect("the window opens again").expect("open");
+                full.send.send(vec![0; room].into()).expect("open");
+                sent += room;
+            }
+            full.send.finish().expect("open");
+            let received = timeout(Duration::from_secs(10), reading).await;
+            let received = received.expect("in time").expect("no panic");
+            assert!(received.expect("an end").len() >= sent);
+        })
+        .await;
+}

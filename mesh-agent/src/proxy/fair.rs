@@ -36,9 +36,11 @@ const DEBT_MAX_NS: i64 = 4 * QUANTUM_NS;
 /// A workload counts as active for this long, and up to twice as long, after its last task ran: a neighbour that is
 /// asked once in some seconds must not meet a worker that serves one workload without a look at the others.
 pub const ACTIVE_FOR: Duration = Duration::from_secs(5);
-/// Operations on sockets in one poll of a task while others are active, of the runtime's 128: a tunnel with much to
-/// write would else keep everybody waiting for milliseconds.
+/// Operations on sockets in one poll of a long task while others are active, of the runtime's 128: a tunnel with much
+/// to write would else keep everybody waiting for milliseconds.
 const OPERATIONS_PER_POLL: usize = 16;
+/// A task one poll of which took more than a quantum is a long one, until a poll takes less than this.
+const SHORT_NS: i64 = QUANTUM_NS / 16;
 /// The runtime's own limit (tokio `task::coop`, "budget").
 const RUNTIME_OPERATIONS_PER_POLL: usize = 128;
 
@@ -321,6 +323,7 @@ impl Flow {
 pub struct Fair<F> {
     flow: Rc<Flow>,
     seat: Option<Rc<Seat>>,
+    is_long: bool,
     task: Pin<Box<F>>,
 }
 
@@ -330,6 +333,7 @@ impl<F: Future> Fair<F> {
         Self {
             flow,
             seat: None,
+            is_long: false,
             task: Box::pin(task),
         }
     }
@@ -347,15 +351,16 @@ impl<F: Future> Future for Fair<F> {
         }
         ready!(this.flow.poll_turn(cx, &mut this.seat));
         let _current = Entered::new(&this.flow);
-        if this.seat.is_some() {
-            // It has had to wait before, so it is of those that others wait for.
+        if this.is_long {
             ready!(leave_operations(cx, OPERATIONS_PER_POLL));
         }
         let clock_ns = this.flow.processor.clock_ns;
         let began = clock_ns();
         let outcome = this.task.as_mut().poll(cx);
         let used = clock_ns().saturating_sub(began);
-        this.flow.charge(i64::try_from(used).unwrap_or(i64::MAX));
+        let used = i64::try_from(used).unwrap_or(i64::MAX);
+        this.is_long = used > QUANTUM_NS || (this.is_long && used > SHORT_NS);
+        this.flow.charge(used);
         outcome
     }
 }

@@ -178,11 +178,13 @@ impl Limits {
     /// What is configured, with as many descriptors as the process may open.
     #[must_use]
     pub fn for_this_process(config: &ProxyConfig) -> Self {
-        let mut limits = Self::default();
-        limits.connections_per_workload = config.max_connections_per_workload;
-        limits.memory = MemoryLimits {
-            per_workload_bytes: config.max_buffered_bytes_per_workload,
-            per_node_bytes: config.max_buffered_bytes,
+        let mut limits = Self {
+            connections_per_workload: config.max_connections_per_workload,
+            memory: MemoryLimits {
+                per_workload_bytes: config.max_buffered_bytes_per_workload,
+                per_node_bytes: config.max_buffered_bytes,
+            },
+            ..Self::default()
         };
         match getrlimit(Resource::RLIMIT_NOFILE) {
             Ok((soft, _)) => limits.descriptors = descriptors_of(soft),

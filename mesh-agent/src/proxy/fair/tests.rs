@@ -161,6 +161,46 @@ async fn a_workload_that_wakes_up_waits_for_one_quantum_of_a_storm() {
     assert!(longest > 0, "it must have had to wait for something");
 }
 
+#[tokio::test]
+async fn a_task_that_never_pauses_is_interrupted_sooner_while_others_are_active() {
+    let processor = processor();
+    let until_ns = 100 * QUANTUM;
+    let per_poll = Rc::new(RefCell::new(Vec::new()));
+    let seen = per_poll.clone();
+    // As a socket that always has more: only the runtime ends a poll.
+    let endless = poll_fn(move |cx| {
+        for operations in 0.. {
+            if now_ns() >= until_ns {
+                break;
+            }
+            let mut next = std::pin::pin!(coop::consume_budget());
+            if next.as_mut().poll(cx).is_pending() {
+                seen.borrow_mut().push(operations);
+                return Poll::Pending;
+            }
+            work(QUANTUM / 50);
+        }
+        Poll::Ready(())
+    });
+    let scene = async {
+        let server = tokio::task::spawn_local(processor.clone().serve());
+        assert!(processor.flow(2).is_alone());
+        let task = Fair::new(processor.flow(1), endless);
+        tokio::task::spawn_local(task).await.expect("no panic");
+        server.abort();
+    };
+    LocalSet::new().run_until(scene).await;
+    let per_poll = per_poll.borrow();
+    assert!(per_poll[0] > OPERATIONS_PER_POLL, "{per_poll:?}");
+    assert!(per_poll.len() > 2);
+    assert!(
+        per_poll[1..]
+            .iter()
+            .all(|operations| *operations <= OPERATIONS_PER_POLL),
+        "{per_poll:?}"
+    );
+}
+
 /// A task's waker that remembers.
 #[derive(Default)]
 struct Flag(AtomicBool);

@@ -36,8 +36,10 @@ pub use tcp::relay_tcp;
 pub use tunnel::relay_tunnel;
 
 /// Reads, or writes, of one direction before the other has its turn and other connections have theirs: with large
-/// buffers 2 MiB. It is one while other workloads are active: the shortest turn that moves anything.
+/// buffers 2 MiB.
 const TURN: usize = 8;
+/// The same while other workloads are active: a message still goes through in one.
+const SHARED_TURN: usize = 2;
 
 /// How long bytes before a FIN may take to be acknowledged, and bytes before a reset to be taken, before the reset
 /// follows: more than delayed acknowledgements (40 ms) and a few round trips.
@@ -416,7 +418,7 @@ fn would_block(error: &io::Error) -> bool {
 
 /// How often a direction may read, or write, before others have their turn.
 fn turn() -> usize {
-    if fair::is_shared() { 1 } else { TURN }
+    if fair::is_shared() { SHARED_TURN } else { TURN }
 }
 
 /// Lets other tasks run before this direction goes on.

@@ -70,6 +70,12 @@ pub struct KernelPaths {
     pub cgroup_root: PathBuf,
     /// A bpffs.
     pub bpffs_root: PathBuf,
+    /// Flows within the node that the kernel carries at a time, and connections of the node; what the kernel cannot
+    /// record goes by tunnel, and at that limit is refused. The maps of an agent that ran before keep their size.
+    pub flows_max: u32,
+    /// Version of the layout of kernel objects; no setting, but tests of upgrades have another one.
+    #[serde(skip)]
+    pub abi: u32,
 }
 
 impl Default for KernelPaths {
@@ -84,6 +90,8 @@ impl Default for KernelPaths {
         Self {
             cgroup_root: cgroup_root.into(),
             bpffs_root: "/sys/fs/bpf".into(),
+            flows_max: mesh_ebpf::FLOWS_MAX,
+            abi: mesh_ebpf::ABI_VERSION,
         }
     }
 }
@@ -134,6 +142,9 @@ pub struct ProxyConfig {
     pub workers: usize,
     /// Seconds that established connections get to end by themselves after SIGTERM.
     pub drain_deadline_seconds: u64,
+    /// Seconds that the established connections of the agent before get to end by themselves when this one takes over
+    /// from it.
+    pub upgrade_drain_seconds: u64,
     /// Lifetime to ask certificates for, in seconds.
     pub certificate_lifetime_seconds: u64,
     /// Connections, in and out, of one workload.
@@ -144,8 +155,12 @@ pub struct ProxyConfig {
     pub max_buffered_bytes: u64,
 }
 
+/// Fewest and most flows; an entry takes some 100 bytes of kernel memory.
+const FLOWS_RANGE: std::ops::RangeInclusive<u32> = 64..=1 << 20;
 /// Most workers: more than any machine has cores that this proxy could feed.
 const WORKERS_MAX: usize = 256;
+/// Longest drain after an upgrade, one week: a process that is replaced must end some day.
+pub const UPGRADE_DRAIN_MAX_SECONDS: u64 = 7 * 24 * 60 * 60;
 /// Shortest certificate lifetime: below it the clocks of two nodes matter more than the lifetime.
 const CERTIFICATE_LIFETIME_MIN_SECONDS: u64 = 10;
 
@@ -155,6 +170,8 @@ impl Default for ProxyConfig {
         Self {
             workers: 0,
             drain_deadline_seconds: 5,
+            // An hour: long downloads and the like end by themselves. The process that waits costs its memory only.
+            upgrade_drain_seconds: 60 * 60,
             certificate_lifetime_seconds: 24 * 60 * 60,
             max_connections_per_workload: limits.connections_per_workload,
             max_buffered_bytes_per_workload: limits.memory.per_workload_bytes,
@@ -259,8 +276,18 @@ impl AgentConfig {
                 ),
             );
         }
+        if !FLOWS_RANGE.contains(&self.kernel.flows_max) {
+            let (least, most) = (FLOWS_RANGE.start(), FLOWS_RANGE.end());
+            return invalid("kernel.flowsMax", format!("{least} to {most}"));
+        }
         if self.proxy.workers > WORKERS_MAX {
             return invalid("proxy.workers", format!("at most {WORKERS_MAX}"));
+        }
+        if self.proxy.upgrade_drain_seconds > UPGRADE_DRAIN_MAX_SECONDS {
+            return invalid(
+                "proxy.upgradeDrainSeconds",
+                format!("at most {UPGRADE_DRAIN_MAX_SECONDS}"),
+            );
         }
         if self.proxy.certificate_lifetime_seconds < CERTIFICATE_LIFETIME_MIN_SECONDS {
             return invalid(
@@ -410,7 +437,7 @@ mod tests {
     #[test]
     fn names_the_setting_that_cannot_work() {
         type Spoil = fn(&mut AgentConfig);
-        let cases: [(&str, Spoil); 12] = [
+        let cases: [(&str, Spoil); 15] = [
             ("node.name", |c| c.node.name.clear()),
             ("node.name", |c| c.node.name = "../n".into()),
             ("node.trustDomain", |c| c.node.trust_domain = "a b".into()),
@@ -425,7 +452,16 @@ mod tests {
             ("proxy.maxConnectionsPerWorkload", |c| {
                 c.proxy.max_connections_per_workload = 0;
             }),
+            ("kernel.flowsMax", |c| {
+                c.kernel.flows_max = FLOWS_RANGE.start() - 1
+            }),
+            ("kernel.flowsMax", |c| {
+                c.kernel.flows_max = FLOWS_RANGE.end() + 1
+            }),
             ("proxy.workers", |c| c.proxy.workers = WORKERS_MAX + 1),
+            ("proxy.upgradeDrainSeconds", |c| {
+                c.proxy.upgrade_drain_seconds = UPGRADE_DRAIN_MAX_SECONDS + 1
+            }),
             ("controlPlane.address", |c| {
                 c.control_plane.standalone = None
             }),

@@ -67,6 +67,15 @@ enum Command {
 struct RunArgs {
     #[command(flatten)]
     paths: PathArgs,
+    /// Take over from the agent that runs with the same run directory, if one does, without a lost connection.
+    #[arg(long)]
+    take_over: bool,
+    /// Seconds that the open connections of the agent before get to end by themselves.
+    #[arg(long, value_name = "SECONDS")]
+    upgrade_drain: Option<u64>,
+    /// For tests: pretend that kernel objects have this layout, as a later version of the agent would.
+    #[arg(long, hide = true, value_name = "VERSION")]
+    kernel_abi: Option<u32>,
     /// `https://HOST:PORT` of the control plane.
     #[arg(long, env = "WEFT_CONTROL_PLANE")]
     control_plane: Option<String>,
@@ -155,14 +164,15 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Run(args) => {
-            let config = run_config(*args)?;
-            config.validate()?;
-            require_root()?;
-            let confined = lifecycle::confine()?;
-            let logs = logging::init(&cli.log, cli.log_format.into())?;
+            let (take_over, run_dir) = (args.take_over, args.paths.run_dir.clone());
+            let prepared = prepare(*args, &cli.log, cli.log_format);
+            if let (Err(error), true) = (&prepared, take_over) {
+                let run_dir = run_dir.unwrap_or_else(|| AgentConfig::default().node.run_dir);
+                lifecycle::report_failed_start(&run_dir, &format!("{error:#}"));
+            }
+            let (config, confined, logs) = prepared?;
             let _flush = FlushAtEnd(logs.clone());
-            sys::netns::remember_home().context("open the agent's own network namespace")?;
-            Ok(lifecycle::run(config, logs, &confined)?)
+            Ok(lifecycle::run(config, logs, &confined, take_over)?)
         }
         Command::Uninstall(paths) => {
             let config = path_config(paths)?;
@@ -173,6 +183,21 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             Ok(lifecycle::uninstall(&config)?)
         }
     }
+}
+
+/// Everything that can be wrong before anything is touched.
+fn prepare(
+    args: RunArgs,
+    log: &str,
+    format: LogFormat,
+) -> anyhow::Result<(AgentConfig, lifecycle::Confined, logging::LogControl)> {
+    let config = run_config(args)?;
+    config.validate()?;
+    require_root()?;
+    let confined = lifecycle::confine()?;
+    let logs = logging::init(log, format.into())?;
+    sys::netns::remember_home().context("open the agent's own network namespace")?;
+    Ok((config, confined, logs))
 }
 
 fn path_config(paths: PathArgs) -> anyhow::Result<AgentConfig> {
@@ -198,6 +223,8 @@ fn run_config(args: RunArgs) -> anyhow::Result<AgentConfig> {
     override_with(&mut config.node.cluster, args.cluster);
     override_with(&mut config.node.trust_domain, args.trust_domain);
     override_with(&mut config.proxy.workers, args.workers);
+    override_with(&mut config.proxy.upgrade_drain_seconds, args.upgrade_drain);
+    override_with(&mut config.kernel.abi, args.kernel_abi);
     override_with(&mut config.listen.metrics, args.metrics_addr);
     override_with(&mut config.listen.readiness, args.readiness_addr);
     override_with(&mut config.listen.admin, args.admin_addr);

@@ -63,6 +63,8 @@ fn start(node: &Node) -> Result<Capture> {
         cgroup_root: node.cgroup_root.clone(),
         bpffs_root: node.bpffs_root.clone(),
         node: node.name.clone(),
+        abi: mesh_ebpf::ABI_VERSION,
+        flows_max: mesh_ebpf::FLOWS_MAX,
     };
     Ok(Capture::new(Kernel::start(config)?.0)?)
 }

@@ -11,11 +11,14 @@ use aya::maps::{HashMap, Map, MapData};
 use mesh_agent::capture::kernel::{
     Found, Kernel, KernelConfig, remove_agent_cgroup, remove_node_pins,
 };
-use mesh_ebpf::{FLOW_SYN_WINDOW_NS, Flow, FlowKey};
+use mesh_ebpf::{AGENT_FLOWS_PER_FLOW, FLOW_SYN_WINDOW_NS, Flow, FlowKey};
 use nix::{
     mount::{MsFlags, mount, umount},
     time::{ClockId, clock_gettime},
 };
+
+/// Flows that fit.
+const FLOWS_MAX: u32 = 1024;
 
 /// Kernel objects in a cgroup and on a bpffs of their own; gone at the end, also of a failed test.
 struct Scratch(KernelConfig);
@@ -44,6 +47,8 @@ impl Scratch {
             cgroup_root: root,
             bpffs_root: bpffs,
             node: format!("test-{name}"),
+            abi: mesh_ebpf::ABI_VERSION,
+            flows_max: FLOWS_MAX,
         })
     }
 }
@@ -75,6 +80,140 @@ fn programs_load_and_a_second_agent_adopts_them() {
     let (_second, found) =
         Kernel::start(scratch.0.clone()).expect("pinned maps and links are taken over");
     assert_eq!(found, Found::Previous);
+}
+
+/// Inodes of the pinned links of this ABI: links are the same exactly if these are.
+fn links(config: &KernelConfig) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(config.pin_dir())
+        .expect("a folder of pins")
+        .map(|entry| entry.expect("listed").file_name())
+        .filter_map(|name| name.into_string().ok())
+        .filter(|name| name.starts_with("link-"))
+        .collect();
+    names.sort();
+    let link = |name: &String| {
+        let path = config.pin_dir().join(name);
+        let shown = std::process::Command::new("bpftool")
+            .args(["-j", "link", "show", "pinned"])
+            .arg(&path)
+            .output()
+            .expect("bpftool runs");
+        let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).expect("JSON");
+        format!("{name}: {} {}", shown["id"], shown["prog_id"])
+    };
+    names.iter().map(link).collect()
+}
+
+/// The same without the programs, which change.
+fn places(links: &[String]) -> Vec<&str> {
+    links
+        .iter()
+        .filter_map(|link| link.rsplit_once(' '))
+        .map(|(place, _)| place)
+        .collect()
+}
+
+#[test]
+fn another_abi_is_built_beside_and_takes_the_same_links() {
+    let scratch = Scratch::new("abi");
+    let (running, _) = Kernel::start(scratch.0.clone()).expect("the running agent");
+    let before = links(&scratch.0);
+    let mut other = scratch.0.clone();
+    other.abi += 1;
+    let lock = || running.share_lock().expect("the running agent's lock");
+
+    let beside = Kernel::beside(other.clone(), lock()).expect("loaded beside");
+    assert!(beside.follows_another_abi());
+    assert_eq!(links(&scratch.0), before, "nothing is swapped yet");
+    beside.attach_node().expect("swapped in");
+    let swapped = links(&other);
+    assert_eq!(places(&swapped), places(&before), "the same links");
+    assert_ne!(swapped, before, "with other programs");
+
+    // It gives up: the running agent puts its programs back.
+    drop(beside);
+    running.attach_node().expect("put back");
+    running.remove_other_versions();
+    assert_eq!(links(&scratch.0), before);
+    assert!(!other.pin_dir().exists());
+
+    // It takes over.
+    let beside = Kernel::beside(other.clone(), lock()).expect("loaded beside");
+    beside.attach_node().expect("swapped in");
+    beside.remove_other_versions();
+    drop(running);
+    assert_eq!(places(&links(&other)), places(&before), "the same links");
+    assert!(!scratch.0.pin_dir().exists());
+    assert!(!beside.follows_another_abi());
+}
+
+#[test]
+fn a_rejected_program_is_named_and_leaves_the_running_ones() {
+    let scratch = Scratch::new("rejected");
+    let (running, _) = Kernel::start(scratch.0.clone()).expect("the running agent");
+    let before = links(&scratch.0);
+    let lock = || running.share_lock().expect("the running agent's lock");
+    let object = mesh_agent::capture::kernel::OBJECT;
+    let rejected = mesh_tests::successor::reject_program(object.to_vec(), "cgroup/connect6");
+    let rejected = rejected.expect("the object has that program");
+    let mut other = scratch.0.clone();
+    other.abi += 1;
+    for config in [&scratch.0, &other] {
+        let error = Kernel::beside_with(config.clone(), lock(), &rejected);
+        let error = error.expect_err("no verifier takes it").to_string();
+        assert!(
+            error.contains("weft_connect6") && error.contains("R9 !read_ok"),
+            "{error}"
+        );
+        assert_eq!(links(&scratch.0), before);
+    }
+    assert!(!other.pin_dir().exists());
+    Kernel::beside_with(scratch.0.clone(), lock(), object).expect("unchanged they load");
+}
+
+/// Pins tell nothing: a link may have been detached, and may have got the program of somebody else.
+#[test]
+fn what_is_attached_is_asked_of_the_kernel() {
+    let scratch = Scratch::new("attached");
+    let (running, _) = Kernel::start(scratch.0.clone()).expect("the running agent");
+    let before = links(&scratch.0);
+    assert!(!running.attach_node().expect("nothing to do"));
+    let pin = scratch.0.pin_dir().join("link-connect4");
+    let detached = std::process::Command::new("bpftool")
+        .args(["link", "detach", "pinned"])
+        .arg(&pin)
+        .status();
+    assert!(detached.expect("bpftool runs").success());
+    assert!(pin.exists());
+    assert!(running.attach_node().expect("put back"));
+    assert!(!running.attach_node().expect("nothing to do"));
+
+    let lock = running.share_lock().expect("the running agent's lock");
+    let other = Kernel::beside(scratch.0.clone(), lock).expect("loaded beside");
+    other.attach_node().expect("swapped in");
+    assert!(running.attach_node().expect("swapped back"));
+    drop(other);
+
+    fs::remove_file(&pin).expect("a pin");
+    fs::hard_link(scratch.0.pin_dir().join("link-connect6"), &pin)
+        .expect("a link of the same place, and of another hook");
+    assert!(running.attach_node().expect("put back"));
+    let programs = |links: &[String]| -> Vec<String> {
+        let program = |link: &String| link.rsplit_once(' ').map(|(_, program)| program.to_owned());
+        links.iter().filter_map(program).collect()
+    };
+    assert_eq!(programs(&links(&scratch.0)), programs(&before));
+}
+
+#[test]
+fn a_second_agent_of_a_node_is_refused_until_the_lock_is_given_up() {
+    let scratch = Scratch::new("lock");
+    let (running, _) = Kernel::start(scratch.0.clone()).expect("the running agent");
+    let error = Kernel::start(scratch.0.clone()).expect_err("it runs");
+    assert!(error.to_string().contains("another agent"), "{error}");
+    // It only drains from here on, in the same cgroup.
+    running.give_up_lock();
+    Kernel::start(scratch.0.clone()).expect("the place is free");
 }
 
 #[test]
@@ -241,6 +380,42 @@ fn sk_lookup_decides_by_address_and_fails_closed_or_open() {
         SK_PASS,
         "fail open"
     );
+}
+
+/// Flows are never forgotten to make room, nor by another agent that takes the maps over.
+#[test]
+fn a_full_map_of_flows_refuses_others_and_outlives_restarts() {
+    let scratch = Scratch::new("full");
+    let (kernel, _) = Kernel::start(scratch.0.clone()).expect("programs load");
+    let maps = [("FLOWS", 1), ("AGENT_FLOWS", AGENT_FLOWS_PER_FLOW)];
+    let open = |map: &str| -> HashMap<MapData, FlowKey, Flow> {
+        let pinned = MapData::from_pin(scratch.0.pin_dir().join(map)).expect("the pinned map");
+        Map::HashMap(pinned).try_into().expect("a hash map")
+    };
+    let key = |number: u32| FlowKey {
+        source_port: number,
+        ..Packet::tcp(STRANGER, WORKLOAD).flow()
+    };
+    let flow = Flow {
+        started_ns: 1,
+        source_cookie: 7,
+        destination_cookie: 42,
+    };
+    for (map, factor) in maps {
+        let mut flows = open(map);
+        for number in 0..FLOWS_MAX * factor {
+            flows.insert(key(number), flow, 0).expect("fits");
+        }
+        let refused = flows.insert(key(u32::MAX), flow, 0);
+        assert!(refused.is_err(), "{map}: one more than fits");
+    }
+    drop(kernel);
+    let (_kernel, found) = Kernel::start(scratch.0.clone()).expect("taken over");
+    assert_eq!(found, Found::Previous);
+    for (map, factor) in maps {
+        let flows = open(map);
+        assert_eq!(flows.keys().count(), (FLOWS_MAX * factor) as usize, "{map}");
+    }
 }
 
 /// A recorded flow lets its SYN through, to its workload only and for as long as a SYN may take.

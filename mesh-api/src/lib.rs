@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod handover;
 pub mod identity;
 pub mod limits;
 pub mod local;

@@ -34,6 +34,15 @@ pub enum Request {
     Dump,
     /// Live edges with their rates.
     Top,
+    /// Start another agent that takes over from this one without a lost connection.
+    Upgrade {
+        /// Absolute path of its program; the running agent's own when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        binary: Option<String>,
+        /// Seconds that open connections get to end by themselves; the new agent's configuration says when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        drain_deadline_seconds: Option<u64>,
+    },
 }
 
 /// Which process group to capture, and as whom.
@@ -103,6 +112,9 @@ pub struct Status {
     /// What the agent's process may do; absent where the kernel does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub confinement: Option<Confinement>,
+    /// Earlier agents that still serve connections from before their upgrade.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub draining: Vec<DrainingAgent>,
 }
 
 /// What a process has given up, as the kernel sees it.
@@ -117,6 +129,20 @@ pub struct Confinement {
     pub system_call_filter: bool,
     /// Whether a crash may write its memory, keys included, to disk.
     pub core_dumps: bool,
+}
+
+/// An agent that was replaced and still serves the connections that it had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DrainingAgent {
+    /// Its process id.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// Connections and tunnels that it still has.
+    pub connections: u64,
+    /// When it closes those that are left, seconds since 1970.
+    pub ends_at: i64,
 }
 
 /// One enrolled workload.

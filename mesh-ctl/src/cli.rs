@@ -48,7 +48,7 @@ impl Cli {
     /// How long to wait for the agent's answer.
     pub fn deadline(&self) -> Duration {
         self.timeout.unwrap_or(match self.command {
-            Command::Enroll(_) | Command::Unenroll(_) => CHANGE_DEADLINE,
+            Command::Enroll(_) | Command::Unenroll(_) | Command::Agent(_) => CHANGE_DEADLINE,
             Command::Status | Command::Check(_) | Command::Dump | Command::Top(_) => {
                 QUESTION_DEADLINE
             }
@@ -79,6 +79,29 @@ pub enum Command {
     Dump,
     /// Show who talks to whom: rates, bytes, round-trip times, failures.
     Top(TopArgs),
+    /// Change the agent itself.
+    #[command(subcommand)]
+    Agent(AgentCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AgentCommand {
+    /// Start another agent that takes over from the running one without a lost connection.
+    ///
+    /// It gets the arguments, the environment and the log of the running one. If it cannot take over, the running one
+    /// goes on. Going back to an earlier version is the same command with the earlier program.
+    Upgrade(UpgradeArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    /// Program of the new agent; the file that the running one was started from when absent.
+    #[arg(long, value_name = "PATH")]
+    pub binary: Option<PathBuf>,
+    /// How long the open connections get to end by themselves, in seconds; one hour, unless the new agent's
+    /// configuration says otherwise, when absent.
+    #[arg(long, value_name = "SECONDS")]
+    pub drain_deadline: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -188,6 +211,18 @@ mod tests {
     }
 
     #[test]
+    fn an_upgrade_needs_no_option() {
+        let cli = parse("weft agent upgrade").expect("no argument needed");
+        assert_eq!(cli.deadline(), CHANGE_DEADLINE);
+        let cli = parse("weft agent upgrade --binary /b --drain-deadline 60").expect("complete");
+        let Command::Agent(AgentCommand::Upgrade(args)) = cli.command else {
+            panic!("not an upgrade: {cli:?}")
+        };
+        assert_eq!(args.binary, Some(PathBuf::from("/b")));
+        assert_eq!(args.drain_deadline, Some(60));
+    }
+
+    #[test]
     fn wrong_usage_is_refused() {
         use clap::error::ErrorKind;
         for (line, kind) in [
@@ -206,6 +241,14 @@ mod tests {
             ("weft top --interval NaN", ErrorKind::ValueValidation),
             ("weft status --timeout 86400", ErrorKind::ValueValidation),
             ("weft restart", ErrorKind::InvalidSubcommand),
+            (
+                "weft agent",
+                ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand,
+            ),
+            (
+                "weft agent upgrade --drain-deadline soon",
+                ErrorKind::ValueValidation,
+            ),
         ] {
             assert_eq!(parse(line).expect_err(line), kind, "{line}");
         }

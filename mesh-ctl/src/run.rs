@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::{
     check,
-    cli::{Cli, Command, EnrollArgs, Output, TopArgs},
+    cli::{AgentCommand, Cli, Command, EnrollArgs, Output, TopArgs, UpgradeArgs},
     client::{Answer, Client, ClientError},
     top, views,
 };
@@ -98,7 +98,17 @@ pub fn run(cli: &Cli, out: &mut impl Write) -> Result<Exit, Failure> {
         }
         Command::Status => ask_and_print(&Request::Status, cli.output, &client, out),
         Command::Dump => ask_and_print(&Request::Dump, cli.output, &client, out),
+        Command::Agent(AgentCommand::Upgrade(args)) => {
+            ask_and_print(&upgrade(args)?, cli.output, &client, out)
+        }
     }
+}
+
+fn upgrade(args: &UpgradeArgs) -> Result<Request, Failure> {
+    Ok(Request::Upgrade {
+        binary: args.binary.as_deref().map(absolute).transpose()?,
+        drain_deadline_seconds: args.drain_deadline,
+    })
 }
 
 fn enrolment(args: &EnrollArgs) -> Result<Request, Failure> {
@@ -154,7 +164,10 @@ fn ask(request: &Request, client: &Client) -> Result<Answer, Failure> {
     let answer = client.ask(request)?;
     let fits = match (&answer.response, request) {
         (Response::Error { message }, _) => return Err(Failure::Refused(message.clone())),
-        (Response::Done { .. }, Request::Enroll(_) | Request::Unenroll { .. })
+        (
+            Response::Done { .. },
+            Request::Enroll(_) | Request::Unenroll { .. } | Request::Upgrade { .. },
+        )
         | (Response::Status(_), Request::Status)
         | (Response::Dump { .. }, Request::Dump)
         | (Response::Top { .. }, Request::Top) => true,

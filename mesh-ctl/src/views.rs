@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use mesh_api::local::{Confinement, Status, WorkloadStatus};
+use mesh_api::local::{Confinement, DrainingAgent, Status, WorkloadStatus};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -42,6 +42,12 @@ pub fn status(status: &Status, now: i64) -> String {
     ] {
         push_line(&mut text, format_args!("{label:<11}{}", printable(&value)));
     }
+    for agent in &status.draining {
+        push_line(
+            &mut text,
+            format_args!("{:<11}{}", "Draining", draining(agent, now)),
+        );
+    }
     text.push('\n');
     if status.workloads.is_empty() {
         text.push_str("No workload is enrolled.\n");
@@ -72,6 +78,18 @@ fn rights(confinement: &Confinement) -> String {
         yes_or_no(confinement.no_new_privileges),
         yes_or_no(confinement.system_call_filter),
         yes_or_no(confinement.core_dumps),
+    )
+}
+
+/// A replaced agent that still serves connections.
+fn draining(agent: &DrainingAgent, now: i64) -> String {
+    let left = u64::try_from(agent.ends_at.saturating_sub(now)).unwrap_or_default();
+    format!(
+        "pid {} ({}): {} connections, closed in {}",
+        agent.pid,
+        printable(&agent.version),
+        agent.connections,
+        units::span(left)
     )
 }
 
@@ -324,7 +342,22 @@ mod tests {
                 system_call_filter: true,
                 core_dumps: false,
             }),
+            draining: Vec::new(),
         }
+    }
+
+    #[test]
+    fn replaced_agents_are_shown_while_they_serve() {
+        let mut upgraded = node();
+        upgraded.draining.push(DrainingAgent {
+            pid: 4_100,
+            version: "0.0.9".to_owned(),
+            connections: 12,
+            ends_at: 1_000_000 + 3_000,
+        });
+        let text = status(&upgraded, 1_000_000);
+        let line = "Draining   pid 4100 (0.0.9): 12 connections, closed in 50m0s";
+        assert!(text.lines().any(|shown| shown == line), "{text}");
     }
 
     #[test]

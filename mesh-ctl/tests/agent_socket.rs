@@ -89,6 +89,7 @@ fn node() -> Status {
         workloads: Vec::new(),
         pending: Vec::new(),
         confinement: None,
+        draining: Vec::new(),
     }
 }
 

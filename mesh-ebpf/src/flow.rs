@@ -165,6 +165,7 @@ fn agent_connects(ctx: &SockOpsContext) {
         };
         if AGENT_FLOWS.insert(&key, &flow, 0).is_err() {
             count(counter::FLOWS_FULL);
+            fail(ctx);
         } else if !follow(ctx) {
             // Without the callback the entry would stay.
             let _ = AGENT_FLOWS.remove(&key);
@@ -172,6 +173,14 @@ fn agent_connects(ctx: &SockOpsContext) {
     } else {
         let _ = AGENT_FLOWS.remove(&key);
     }
+}
+
+/// A connection of the agent that is not recorded arrives at the agent's own listener, which would dial again, and so
+/// on. Without the mark the answer to its SYN goes to the client that it shows, which knows nothing of it: the
+/// connection fails by its deadline.
+#[inline(always)]
+fn fail(ctx: &SockOpsContext) {
+    set_option(ctx, SO_MARK, 0);
 }
 
 /// Asks for the callbacks on changes of the socket's state.

@@ -24,10 +24,11 @@ pub const VERDICTS_MAX: u32 = 65_536;
 /// Service addresses without endpoints.
 pub const DEAD_MAX: u32 = 16_384;
 /// Same-node flows, for as long as they live. Not an LRU: forgetting a live one would put it out of reach of revocation.
-/// What does not fit goes by tunnel.
+/// What does not fit goes by tunnel. The agent may choose another size.
 pub const FLOWS_MAX: u32 = 65_536;
-/// The agent's own connections to applications, in a map that workloads cannot fill.
-pub const AGENT_FLOWS_MAX: u32 = 65_536;
+/// The agent's own connections to applications are in a map that workloads cannot fill, with room for as many of one
+/// agent and as many of the one that it has replaced.
+pub const AGENT_FLOWS_PER_FLOW: u32 = 2;
 /// Same-node edges counted (LRU, per CPU).
 pub const EDGES_MAX: u32 = 8192;
 /// Sockets between `connect(2)` and their SYN that go the same-node way (LRU).
@@ -202,7 +203,7 @@ pub struct Destination {
 
 /// Key of `FLOWS` and of `AGENT_FLOWS`: a connection as its client sees it.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FlowKey {
     /// Client's address.
     pub source: Address,
@@ -216,7 +217,7 @@ pub struct FlowKey {
 
 /// Value of `FLOWS` and of `AGENT_FLOWS`.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Flow {
     /// When its SYN was sent, `CLOCK_MONOTONIC`, nanoseconds.
     pub started_ns: u64,

@@ -8,7 +8,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, LruPerCpuHashMap, PerCpuArray, SockHash},
 };
 use mesh_ebpf::{
-    ADDRESSES_MAX, AGENT_FLOWS_MAX, Address, DEAD_MAX, Destination, EDGES_MAX, EdgeCounters,
+    ADDRESSES_MAX, AGENT_FLOWS_PER_FLOW, Address, DEAD_MAX, Destination, EDGES_MAX, EdgeCounters,
     EdgeKey, FAST_SOCKETS_MAX, FLOWS_MAX, FastSocket, Flow, FlowKey, Globals, LISTENERS_MAX,
     ListenerKey, VERDICTS_MAX, Verdict, WORKLOADS_MAX, Workload, counter,
 };
@@ -31,7 +31,8 @@ pub static DEAD: HashMap<Destination, u32> = HashMap::pinned(DEAD_MAX, NO_PREALL
 #[map]
 pub static FLOWS: HashMap<FlowKey, Flow> = HashMap::pinned(FLOWS_MAX, NO_PREALLOC);
 #[map]
-pub static AGENT_FLOWS: HashMap<FlowKey, Flow> = HashMap::pinned(AGENT_FLOWS_MAX, NO_PREALLOC);
+pub static AGENT_FLOWS: HashMap<FlowKey, Flow> =
+    HashMap::pinned(FLOWS_MAX * AGENT_FLOWS_PER_FLOW, NO_PREALLOC);
 #[map]
 pub static FAST_SOCKETS: LruHashMap<u64, FastSocket> = LruHashMap::pinned(FAST_SOCKETS_MAX, 0);
 #[map]

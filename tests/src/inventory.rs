@@ -20,6 +20,8 @@ use crate::{
 
 /// State of an established connection in `/proc/net/tcp` (include/net/tcp_states.h).
 const TCP_ESTABLISHED: &str = "01";
+/// State of a listener.
+const TCP_LISTEN: &str = "0A";
 
 /// Everything found, by what it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,6 +156,29 @@ pub fn established(netns: &Path, port: u16) -> Result<usize> {
                     .count()
             })
             .sum()
+    })
+}
+
+/// Sockets of a namespace that listen: their ports and inodes, which name the sockets.
+///
+/// # Errors
+/// The namespace has gone.
+pub fn listeners(netns: &Path) -> Result<BTreeSet<(u16, u64)>> {
+    netns::within(netns, || {
+        let mut found = BTreeSet::new();
+        for table in ["tcp", "tcp6"] {
+            let text = fs::read_to_string(format!("/proc/thread-self/net/{table}"));
+            for line in text.unwrap_or_default().lines().skip(1) {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                let port = fields.get(1).and_then(|end| end.rsplit_once(':'));
+                let port = port.and_then(|(_, digits)| u16::from_str_radix(digits, 16).ok());
+                let inode = fields.get(9).and_then(|inode| inode.parse().ok());
+                if let (Some(port), Some(inode), Some(&TCP_LISTEN)) = (port, inode, fields.get(3)) {
+                    found.insert((port, inode));
+                }
+            }
+        }
+        found
     })
 }
 

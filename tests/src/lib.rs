@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bpf;
 pub mod capture;
 pub mod cgroup;
 pub mod cleanup;
@@ -28,5 +29,6 @@ pub mod programs;
 pub mod seqecho;
 pub mod skip;
 pub mod sockets;
+pub mod successor;
 pub mod wait;
 pub mod world;

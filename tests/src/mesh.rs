@@ -39,6 +39,9 @@ pub const ADMIN_PORT: u16 = 15000;
 /// How long a program of ours may take to start, to stop, or to answer.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
+/// What an agent logs once it serves in the place of another one.
+pub const TOOK_OVER: &str = "in the place of another one";
+
 /// How the mesh shall be.
 #[derive(Debug, Clone, Default)]
 pub struct MeshSpec {
@@ -250,6 +253,41 @@ impl Mesh {
         Ok(())
     }
 
+    /// Starts another agent of a node that takes over from the one that runs, and waits until it has. Returns the one
+    /// that was replaced; it may still serve connections.
+    ///
+    /// # Errors
+    /// It does not take over.
+    pub fn take_over(&mut self, lab: &Lab, node: &Node, arguments: &[&str]) -> Result<Running> {
+        let program = self.agent_program(node)?.arg("--take-over").args(arguments);
+        let mut agent = lab.spawn_agent(node, &program)?;
+        agent.wait_for_output(TOOK_OVER, LIMIT)?;
+        let replaced = self.release_agent(node)?;
+        self.agents.insert(node.name.clone(), agent);
+        Ok(replaced)
+    }
+
+    /// Makes an agent that was started otherwise the one of a node.
+    ///
+    /// # Errors
+    /// Another one is.
+    pub fn adopt_agent(&mut self, node: &Node, agent: Running) -> Result<()> {
+        match self.agents.insert(node.name.clone(), agent) {
+            None => Ok(()),
+            Some(_) => bail!("the agent of {} runs already", node.name),
+        }
+    }
+
+    /// Gives a node's agent away, as it is.
+    ///
+    /// # Errors
+    /// None was started.
+    pub fn release_agent(&mut self, node: &Node) -> Result<Running> {
+        self.agents
+            .remove(&node.name)
+            .with_context(|| format!("no agent runs on {}", node.name))
+    }
+
     /// Waits until a node's agent waits for nothing any more.
     ///
     /// # Errors
@@ -433,11 +471,7 @@ impl Mesh {
     /// # Errors
     /// No agent runs there, or it does not end.
     pub fn stop_agent(&mut self, node: &Node, signal: Signal) -> Result<Finished> {
-        let agent = self
-            .agents
-            .remove(&node.name)
-            .with_context(|| format!("no agent runs on {}", node.name))?;
-        agent.stop(signal, LIMIT)
+        self.release_agent(node)?.stop(signal, LIMIT)
     }
 
     /// Removes everything a stopped agent has left in the kernel, with its own `uninstall`.

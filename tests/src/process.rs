@@ -66,6 +66,28 @@ impl Program {
         Self::new(words.next().unwrap_or("true")).args(words)
     }
 
+    /// Starts another file with the same arguments.
+    #[must_use]
+    pub fn with_file(mut self, program: impl AsRef<OsStr>) -> Self {
+        if let Some(first) = self.arguments.first_mut() {
+            program.as_ref().clone_into(first);
+        }
+        self
+    }
+
+    /// Replaces the value of an option, or adds the option.
+    #[must_use]
+    pub fn with_option(mut self, name: &str, value: &str) -> Self {
+        let index = self.arguments.iter().position(|argument| argument == name);
+        match index.and_then(|index| self.arguments.get_mut(index + 1)) {
+            Some(present) => {
+                *present = value.into();
+                self
+            }
+            None => self.arg(name).arg(value),
+        }
+    }
+
     /// Adds an argument.
     #[must_use]
     pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {

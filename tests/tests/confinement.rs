@@ -47,6 +47,8 @@ fn an_agent_keeps_four_capabilities_and_does_everything_with_them() -> Result<()
     mesh.wait_enrolled(&lab, node, web)?;
     require_service(&lab, web, cart.at(PORT))?;
     require_confined(mesh.agent(node)?.pid())?;
+    require_confined_successors(&lab, &mut mesh, node)?;
+    require_service(&lab, web, cart.at(PORT))?;
     require_no_secrets(&mesh, &lab, &first_log)
 }
 
@@ -95,6 +97,32 @@ fn require_confined(agent: Pid) -> Result<()> {
     let words: Vec<&str> = core.split_whitespace().collect();
     ensure!(words.get(4..6) == Some(&["0", "0"]), "{core}");
     Ok(())
+}
+
+/// An agent that is started by a confined one has the same rights, which suffice to take over, and no more filters.
+fn require_confined_successors(lab: &Lab, mesh: &mut Mesh, node: &Node) -> Result<()> {
+    let filters = filters(mesh.agent(node)?.pid())?;
+    for _ in 0..2 {
+        mesh.weft(lab, node, &["agent", "upgrade"])?.ok()?;
+        let status = mesh.status(lab, node)?.context("the successor answers")?;
+        let pid = status["pid"].as_i64().context("a process id")?;
+        let pid = Pid::from_raw(i32::try_from(pid)?);
+        ensure!(pid != mesh.agent(node)?.pid(), "the same agent serves");
+        require_confined(pid)?;
+        require_told(lab, mesh, node)?;
+        let now = self::filters(pid)?;
+        ensure!(now == filters, "{now} filters, not {filters}");
+    }
+    Ok(())
+}
+
+/// Filters of system calls that a process has.
+fn filters(agent: Pid) -> Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{agent}/status"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Seccomp_filters:"));
+    Ok(line.context("Linux 5.9 or later")?.trim().parse()?)
 }
 
 fn require_told(lab: &Lab, mesh: &Mesh, node: &Node) -> Result<()> {

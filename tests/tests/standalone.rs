@@ -15,7 +15,7 @@ use mesh_tests::{
     inventory::Inventory,
     lab::{Families, Lab, LabSpec, PodSpec},
     manifests::{self, ServicePort},
-    mesh::{Mesh, MeshSpec},
+    mesh::{Mesh, MeshSpec, TOOK_OVER},
     process::{Finished, Program, Running},
     programs, wait,
 };
@@ -68,7 +68,15 @@ fn one_process_serves_a_node_and_leaves_nothing() -> Result<()> {
         authority == fs::read(node.run_dir.join("standalone-roots.pem"))?,
         "a restart must keep the authority"
     );
-    second.stop(Signal::SIGTERM, LIMIT)?.ok()?;
+
+    // Upgraded, too: with a control plane of its own, beside the one that runs.
+    let mut third = lab.spawn_agent(node, &program(&lab, &mesh)?.arg("--take-over"))?;
+    third.wait_for_output(TOOK_OVER, LIMIT)?;
+    second.wait(LIMIT)?.ok()?;
+    for to in [address, service] {
+        require_service(&lab, web, to)?;
+    }
+    third.stop(Signal::SIGTERM, LIMIT)?.ok()?;
     mesh.uninstall(&lab, node)?;
     // The lab made it; only its content is the agent's.
     fs::create_dir(&node.run_dir)?;
@@ -76,9 +84,9 @@ fn one_process_serves_a_node_and_leaves_nothing() -> Result<()> {
     require_service(&lab, web, address)
 }
 
-fn start(lab: &Lab, mesh: &Mesh) -> Result<Running> {
+fn program(lab: &Lab, mesh: &Mesh) -> Result<Program> {
     let node = lab.node("solo")?;
-    let program = Program::new(programs::own("mesh-agent")?)
+    Ok(Program::new(programs::own("mesh-agent")?)
         .args(["run", "--node", "solo", "--run-dir"])
         .arg(&node.run_dir)
         .arg("--cgroup-root")
@@ -86,8 +94,12 @@ fn start(lab: &Lab, mesh: &Mesh) -> Result<Running> {
         .arg("--bpffs-root")
         .arg(&node.bpffs_root)
         .arg("--standalone")
-        .arg(mesh.manifests.path());
-    let mut agent = lab.spawn_agent(node, &program)?;
+        .arg(mesh.manifests.path()))
+}
+
+fn start(lab: &Lab, mesh: &Mesh) -> Result<Running> {
+    let node = lab.node("solo")?;
+    let mut agent = lab.spawn_agent(node, &program(lab, mesh)?)?;
     wait::until("the agent to be ready", LIMIT, || {
         agent.check_running()?;
         let status = mesh.status(lab, node)?.unwrap_or_default();

@@ -4,6 +4,7 @@ use std::{
     convert::Infallible,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
     sync::Arc,
     time::Duration,
 };
@@ -24,8 +25,10 @@ use tokio::{
     net::TcpListener,
     sync::Semaphore,
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{AdminAddresses, AdminState};
+use crate::sys::netns::duplicate;
 
 /// Connections of one server at a time; a scraper needs one, some probes another. Others wait in the backlog.
 pub const CONNECTIONS_MAX: usize = 32;
@@ -76,13 +79,6 @@ impl AdminServers {
     /// # Errors
     /// When a port is taken or the address is not this node's.
     pub async fn bind(addresses: AdminAddresses) -> Result<Self, BindError> {
-        let bind = |purpose, address| {
-            listen(address).map_err(|source| BindError {
-                purpose,
-                address,
-                source,
-            })
-        };
         Ok(Self {
             sites: [
                 (Site::Metrics, bind("metrics", addresses.metrics)?),
@@ -105,13 +101,68 @@ impl AdminServers {
         })
     }
 
-    /// Serves until the future is dropped.
-    pub async fn serve(self, state: Arc<dyn AdminState>) {
+    /// Takes over the listeners of an agent that serves `theirs` (in the order metrics, readiness, admin), where `ours`
+    /// are the same; the others are bound.
+    ///
+    /// # Errors
+    /// As for [`AdminServers::bind`].
+    pub async fn inherit(
+        ours: AdminAddresses,
+        theirs: [SocketAddr; 3],
+        listeners: [OwnedFd; 3],
+    ) -> Result<Self, BindError> {
+        let inherit = |purpose, address, their_address, listener: OwnedFd| {
+            if address != their_address {
+                return bind(purpose, address);
+            }
+            let listener = std::net::TcpListener::from(listener);
+            TcpListener::from_std(listener).map_err(|source| BindError {
+                purpose,
+                address,
+                source,
+            })
+        };
+        let [metrics, readiness, admin] = listeners;
+        let metrics = inherit("metrics", ours.metrics, theirs[0], metrics)?;
+        let readiness = inherit("readiness", ours.readiness, theirs[1], readiness)?;
+        let admin = inherit("admin", ours.admin, theirs[2], admin)?;
+        Ok(Self {
+            sites: [
+                (Site::Metrics, metrics),
+                (Site::Readiness, readiness),
+                (Site::Admin, admin),
+            ],
+        })
+    }
+
+    /// Copies of the listeners of metrics, readiness and admin, for an agent that takes over.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn copies(&self) -> io::Result<[OwnedFd; 3]> {
+        let [metrics, readiness, admin] = &self.sites;
+        Ok([
+            duplicate(metrics.1.as_fd())?,
+            duplicate(readiness.1.as_fd())?,
+            duplicate(admin.1.as_fd())?,
+        ])
+    }
+
+    /// Serves until another agent does, which `handed_over` says; what was accepted is still answered.
+    pub async fn serve(self, state: Arc<dyn AdminState>, handed_over: CancellationToken) {
         let [a, b, c] = self
             .sites
-            .map(|(site, listener)| serve(site, listener, state.clone()));
+            .map(|(site, listener)| serve(site, listener, state.clone(), handed_over.clone()));
         tokio::join!(a, b, c);
     }
+}
+
+fn bind(purpose: &'static str, address: SocketAddr) -> Result<TcpListener, BindError> {
+    listen(address).map_err(|source| BindError {
+        purpose,
+        address,
+        source,
+    })
 }
 
 /// Listens on `address`. `[::]` is both families, and IPv4 alone where the node has no IPv6.
@@ -145,16 +196,25 @@ fn listen_on(address: SocketAddr, both_families: bool) -> io::Result<TcpListener
     TcpListener::from_std(socket.into())
 }
 
-async fn serve(site: Site, listener: TcpListener, state: Arc<dyn AdminState>) {
+async fn serve(
+    site: Site,
+    listener: TcpListener,
+    state: Arc<dyn AdminState>,
+    handed_over: CancellationToken,
+) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = tokio::task::JoinSet::new();
     loop {
-        // A slot first: what is not accepted waits in the kernel's bounded backlog.
-        let Ok(slot) = slots.clone().acquire_owned().await else {
-            return;
+        let next = async {
+            // A slot first: what is not accepted waits in the kernel's bounded backlog.
+            let slot = slots.clone().acquire_owned().await;
+            (slot, listener.accept().await)
+        };
+        let Some((Ok(slot), accepted)) = handed_over.run_until_cancelled(next).await else {
+            break;
         };
         while connections.try_join_next().is_some() {}
-        match listener.accept().await {
+        match accepted {
             Ok((stream, _)) => {
                 let state = state.clone();
                 connections.spawn(async move {
@@ -168,6 +228,8 @@ async fn serve(site: Site, listener: TcpListener, state: Arc<dyn AdminState>) {
             }
         }
     }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
 }
 
 /// Answers the one request of a connection, within [`CONNECTION_TIMEOUT`].

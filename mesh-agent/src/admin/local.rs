@@ -7,7 +7,10 @@ use std::{
     fs::{self, DirBuilder, Permissions},
     future::Future,
     io,
-    os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -19,6 +22,9 @@ use tokio::{
     net::{UnixListener, UnixStream},
     sync::Semaphore,
 };
+use tokio_util::sync::CancellationToken;
+
+use crate::sys::netns::duplicate;
 
 /// Requests at a time. Only administrators ask; enrolling a node full of pods in parallel must work.
 pub const CLIENTS_MAX: usize = 32;
@@ -31,6 +37,8 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after a failed accept (out of descriptors).
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// No file has it (it marks an unused directory entry).
+const NO_INODE: u64 = 0;
 const FOLDER_MODE: u32 = 0o700;
 const SOCKET_MODE: u32 = 0o600;
 
@@ -116,22 +124,70 @@ impl LocalServer {
         })
     }
 
+    /// A socket that is served by an agent from which this one takes over. The file is not ours before
+    /// [`LocalServer::claim`].
+    ///
+    /// # Errors
+    /// When the folder is not safe.
+    pub fn inherit(
+        run_dir: &Path,
+        listener: std::os::unix::net::UnixListener,
+    ) -> Result<Self, LocalSocketError> {
+        let owner = nix::unistd::geteuid().as_raw();
+        prepare_folder(run_dir, owner)?;
+        let path = run_dir.join(SOCKET_NAME);
+        let failed = |source| LocalSocketError::Bind {
+            path: path.clone(),
+            source,
+        };
+        let listener = UnixListener::from_std(listener).map_err(failed)?;
+        Ok(Self {
+            listener,
+            path,
+            inode: NO_INODE,
+            owner,
+        })
+    }
+
+    /// The file is this agent's: it goes when this is dropped.
+    pub fn claim(&mut self) {
+        match fs::symlink_metadata(&self.path) {
+            Ok(found) => self.inode = found.ino(),
+            Err(error) => {
+                tracing::error!(path = %self.path.display(), %error, "the local socket cannot be found");
+            }
+        }
+    }
+
+    /// A copy of the listener, for an agent that takes over.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn copy(&self) -> io::Result<OwnedFd> {
+        duplicate(self.listener.as_fd())
+    }
+
     /// Where the socket is.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Serves until the future is dropped.
-    pub async fn serve<H: LocalHandler>(self, handler: Arc<H>) {
+    /// Serves until another agent does, which `handed_over` says. Requests that were accepted are still answered; the
+    /// file is the other agent's.
+    pub async fn serve<H: LocalHandler>(mut self, handler: Arc<H>, handed_over: CancellationToken) {
         let slots = Arc::new(Semaphore::new(CLIENTS_MAX));
         let mut clients = tokio::task::JoinSet::new();
         loop {
-            let Ok(slot) = slots.clone().acquire_owned().await else {
-                return;
+            let next = async {
+                let slot = slots.clone().acquire_owned().await;
+                (slot, self.listener.accept().await)
+            };
+            let Some((Ok(slot), accepted)) = handed_over.run_until_cancelled(next).await else {
+                break;
             };
             while clients.try_join_next().is_some() {}
-            match self.listener.accept().await {
+            match accepted {
                 Ok((stream, _)) => {
                     let (handler, owner) = (handler.clone(), self.owner);
                     clients.spawn(async move {
@@ -147,6 +203,10 @@ impl LocalServer {
                 }
             }
         }
+        // The file is the other agent's.
+        self.inode = NO_INODE;
+        drop(self);
+        while clients.join_next().await.is_some() {}
     }
 }
 

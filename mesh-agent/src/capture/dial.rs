@@ -9,6 +9,7 @@ use std::{
 };
 
 use mesh_ebpf::CAPTURE_MARK;
+use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -123,18 +124,41 @@ fn set_listener_options(socket: &Socket) -> io::Result<()> {
 
 /// Opens the three listeners of a workload.
 pub(super) fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
-    let open = |port| {
-        let opened = netns.run(|| open_listener(port)).and_then(|inner| inner);
-        opened.map_err(|source| CaptureError::Listen {
-            port,
-            path: netns.path().to_owned(),
-            source,
-        })
-    };
     Ok(Listeners {
-        outbound: open(OUTBOUND_PORT)?,
-        plaintext: open(PLAINTEXT_PORT)?,
-        tunnel: open(TUNNEL_PORT)?,
+        outbound: open(netns, OUTBOUND_PORT)?,
+        plaintext: open(netns, PLAINTEXT_PORT)?,
+        tunnel: open(netns, TUNNEL_PORT)?,
+    })
+}
+
+/// Opens those anew that do not listen any more (`SOCK_DESTROY` ends listeners, too). Returns whether any was.
+pub(super) fn revive(
+    netns: &Netns,
+    listeners: Listeners,
+) -> Result<(Listeners, bool), CaptureError> {
+    let mut is_new = false;
+    let mut revive = |listener: TcpListener, port| {
+        if getsockopt(&listener, AcceptConn) == Ok(true) {
+            return Ok(listener);
+        }
+        // It has the port still, which two sockets may have while only one listens (`SO_REUSEADDR`, socket(7)).
+        is_new = true;
+        open(netns, port)
+    };
+    let listeners = Listeners {
+        outbound: revive(listeners.outbound, OUTBOUND_PORT)?,
+        plaintext: revive(listeners.plaintext, PLAINTEXT_PORT)?,
+        tunnel: revive(listeners.tunnel, TUNNEL_PORT)?,
+    };
+    Ok((listeners, is_new))
+}
+
+fn open(netns: &Netns, port: u16) -> Result<TcpListener, CaptureError> {
+    let opened = netns.run(|| open_listener(port)).and_then(|inner| inner);
+    opened.map_err(|source| CaptureError::Listen {
+        port,
+        path: netns.path().to_owned(),
+        source,
     })
 }
 

@@ -35,15 +35,15 @@ pub enum CaptureError {
         /// Why.
         source: io::Error,
     },
-    /// Another process is in the agent's cgroup.
+    /// Another process holds the agent's cgroup.
     #[error(
-        "another agent of node {node} is running (process {pid} is in {cgroup}); stop it first, or give this one a --node name of its own"
+        "another agent of node {node} is running (in {cgroup}: process {pids}); stop it first, or give this one a --node name of its own"
     )]
     AnotherAgent {
         /// The node.
         node: String,
-        /// The process, as the kernel names it here; 0 is one of another PID namespace.
-        pid: String,
+        /// The processes there, as the kernel names them here; 0 is one of another PID namespace.
+        pids: String,
         /// The cgroup of that node's agents.
         cgroup: PathBuf,
     },
@@ -120,8 +120,8 @@ pub enum CaptureError {
     /// The workload is enrolled already, under that name or that namespace.
     #[error("{0} is enrolled already")]
     AlreadyEnrolled(String),
-    /// The kernel lost a listener of a workload, or the agent did; only a new enrolment makes others.
-    #[error("the kernel does not know all listeners of {0}; un-enrol it and enrol it again")]
+    /// The agent serves no listener of the workload; only a new enrolment makes others.
+    #[error("there are no listeners of {0}; un-enrol it and enrol it again")]
     NoListener(String),
     /// No such workload.
     #[error("{0} is not enrolled on this node")]

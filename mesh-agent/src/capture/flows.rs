@@ -1,8 +1,11 @@
 //! Same-node flows: what they did, and ending those that policy forbids by now.
 
-use std::net::SocketAddr;
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+};
 
-use mesh_ebpf::{EdgeCounters, EdgeKey, FlowKey};
+use mesh_ebpf::{EdgeCounters, EdgeKey, Flow, FlowKey};
 
 use super::{Capture, Enrolled, kernel};
 use crate::sys::{diag, netns::NetnsCookie};
@@ -46,7 +49,7 @@ impl Capture {
                 enrolled.is_some() || self.kernel().workload(NetnsCookie(cookie)).is_none();
             is_known.then_some(enrolled)
         };
-        let flow = |(key, flow): (FlowKey, mesh_ebpf::Flow)| {
+        let flow = |(key, flow): (FlowKey, Flow)| {
             Some(SameNodeFlow {
                 source: end(flow.source_cookie)?,
                 destination: end(flow.destination_cookie)?,
@@ -99,6 +102,100 @@ impl Capture {
         };
         self.kernel().edges().into_iter().filter_map(edge).collect()
     }
+}
+
+/// A recorded connection that has no socket (any more).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct EndedFlow {
+    key: FlowKey,
+    flow: Flow,
+}
+
+impl Capture {
+    /// Recorded connections, of workloads and of agents, that have no socket. The programs forget a connection when it
+    /// ends; one that ended while they were detached stays. A connection that has just begun may be among them: only
+    /// one that is found twice has ended. Blocks, for some microseconds per connection.
+    #[must_use]
+    pub fn ended_flows(&self) -> HashSet<EndedFlow> {
+        let kernel = self.kernel();
+        // Whose socket is looked for: the client's, or the server's where the client has left the mesh.
+        let of_workloads = kernel.same_node_flows().into_iter().map(|(key, flow)| {
+            let sides = [(flow.source_cookie, false), (flow.destination_cookie, true)];
+            (EndedFlow { key, flow }, sides)
+        });
+        let of_agents = kernel.agent_flows().into_iter().map(|(key, flow)| {
+            let side = (flow.destination_cookie, false);
+            (EndedFlow { key, flow }, [side, side])
+        });
+        let mut ended = HashSet::new();
+        let mut asked: HashMap<u64, Vec<(EndedFlow, bool)>> = HashMap::new();
+        let is_enrolled = self.is_enrolled();
+        for (one, sides) in of_workloads.chain(of_agents) {
+            match sides.into_iter().find(|(cookie, _)| is_enrolled(*cookie)) {
+                Some((cookie, is_server)) => {
+                    asked.entry(cookie).or_default().push((one, is_server));
+                }
+                None if sides.iter().all(|(cookie, _)| is_stranger(kernel, *cookie)) => {
+                    ended.insert(one);
+                }
+                // An earlier agent has captured it, and it is not taken over (yet).
+                None => {}
+            }
+        }
+        for (cookie, some) in asked {
+            ended.extend(self.without_socket(NetnsCookie(cookie), &some));
+        }
+        ended
+    }
+
+    /// Forgets connections that [`Capture::ended_flows`] has found twice.
+    pub fn forget_ended_flows<'a>(&self, ended: impl IntoIterator<Item = &'a EndedFlow>) {
+        for one in ended {
+            self.kernel().forget_ended(&one.key, &one.flow);
+        }
+    }
+
+    fn is_enrolled(&self) -> impl Fn(u64) -> bool + use<> {
+        let all: HashSet<u64> = self
+            .enrolled()
+            .iter()
+            .map(|one| one.local.cookie().0)
+            .collect();
+        move |cookie| all.contains(&cookie)
+    }
+
+    fn without_socket(&self, cookie: NetnsCookie, some: &[(EndedFlow, bool)]) -> Vec<EndedFlow> {
+        let Some(enrolled) = self.by_cookie(cookie) else {
+            return Vec::new();
+        };
+        let ends = some.iter().map(|(one, is_server)| {
+            let client = SocketAddr::new(kernel::ip(&one.key.source), port(one.key.source_port));
+            let server = SocketAddr::new(
+                kernel::ip(&one.key.destination),
+                port(one.key.destination_port),
+            );
+            match is_server {
+                true => (server, client),
+                false => (client, server),
+            }
+        });
+        let found = match diag::have_sockets(&enrolled.local.netns, ends) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::debug!(%error, "cannot tell which connections have ended");
+                return Vec::new();
+            }
+        };
+        let pairs = some.iter().zip(found);
+        pairs
+            .filter(|(_, has_socket)| !has_socket)
+            .map(|((one, _), _)| *one)
+            .collect()
+    }
+}
+
+fn is_stranger(kernel: &kernel::Kernel, cookie: u64) -> bool {
+    kernel.workload(NetnsCookie(cookie)).is_none()
 }
 
 /// Ports of map keys come from 16-bit fields of the kernel.

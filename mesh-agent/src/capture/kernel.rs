@@ -2,7 +2,8 @@
 //!
 //! Pins live in `<bpffs root>/weft-<node>/v<ABI>/`: maps by name, links as `link-…`. Programs need no pin: links hold
 //! them. A restarted agent loads its own programs against the pinned maps and swaps them into the pinned links, so
-//! there is never a moment without a program or with two.
+//! there is never a moment without a program or with two. An agent of another ABI makes maps of its own in a folder
+//! beside, swaps its programs into the same links, and removes the other folder once nothing needs it.
 
 use std::{
     fs,
@@ -21,21 +22,19 @@ use aya::{
     programs::{CgroupSockAddr, SkLookup, SockOps},
 };
 use mesh_ebpf::{
-    ABI_VERSION, Address, Destination, EdgeCounters, EdgeKey, Flow, FlowKey, Globals, ListenerKey,
-    Verdict, Workload,
+    AGENT_FLOWS_PER_FLOW, Address, Destination, EdgeCounters, EdgeKey, Flow, FlowKey, Globals,
+    ListenerKey, Verdict, Workload,
 };
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsType, statfs};
 
 use super::error::CaptureError;
-use crate::sys::{
-    bpf::{self, AttachType},
-    netns::{Netns, NetnsCookie},
-};
+use crate::sys::bpf;
 
+mod links;
 mod maps;
 
 /// The programs, as the build script made them.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weft-ebpf.o"));
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weft-ebpf.o"));
 
 /// Where the kernel objects of one agent live.
 #[derive(Debug, Clone)]
@@ -46,6 +45,10 @@ pub struct KernelConfig {
     pub bpffs_root: PathBuf,
     /// Names the pins and the agent's cgroup, so that several agents can share a kernel.
     pub node: String,
+    /// Names the folder of the pins: [`mesh_ebpf::ABI_VERSION`], but for tests of what happens when that changes.
+    pub abi: u32,
+    /// Same-node flows that can be recorded, in maps that are made anew.
+    pub flows_max: u32,
 }
 
 impl KernelConfig {
@@ -58,7 +61,7 @@ impl KernelConfig {
     /// Folder of the pins of this ABI.
     #[must_use]
     pub fn pin_dir(&self) -> PathBuf {
-        self.node_dir().join(format!("v{ABI_VERSION}"))
+        self.node_dir().join(format!("v{}", self.abi))
     }
 
     /// The agent's own cgroup: processes in it are never captured.
@@ -76,6 +79,7 @@ pub struct Maps {
     listeners: SockHash<MapData, ListenerKey>,
     dead: HashMap<MapData, Destination, u32>,
     flows: HashMap<MapData, FlowKey, Flow>,
+    agent_flows: HashMap<MapData, FlowKey, Flow>,
     edges: PerCpuHashMap<MapData, EdgeKey, EdgeCounters>,
     counters: PerCpuArray<MapData, u64>,
 }
@@ -83,6 +87,8 @@ pub struct Maps {
 /// The kernel side of one agent.
 pub struct Kernel {
     config: KernelConfig,
+    /// Held by the one agent of this node that captures; agents that only drain share the cgroup without it.
+    cgroup_lock: Mutex<Option<fs::File>>,
     programs: Ebpf,
     maps: Mutex<Maps>,
     /// Of its own, because workers write it while connections are set up.
@@ -127,13 +133,21 @@ impl Kernel {
             "mount -t cgroup2 none /sys/fs/cgroup",
             "--cgroup-root",
         )?;
-        let pin_dir = config.pin_dir();
-        let found = if pin_dir.is_dir() {
+        let found = if config.node_dir().is_dir() {
             Found::Previous
         } else {
             Found::Nothing
         };
-        let started = Self::load_and_attach(config.clone());
+        let started = lock_agent_cgroup(&config).and_then(|lock| {
+            let kernel = Self::load(config.clone(), lock, OBJECT)?;
+            if kernel.follows_another_abi() {
+                // Its maps know nobody yet: with the connect hooks now, what was captured would be open.
+                kernel.attach_agent_flow()?;
+            } else {
+                kernel.attach_node()?;
+            }
+            Ok(kernel)
+        });
         if started.is_err() && found == Found::Nothing {
             remove_node_pins(&config);
             remove_agent_cgroup(&config);
@@ -141,7 +155,37 @@ impl Kernel {
         started.map(|kernel| (kernel, found))
     }
 
-    fn load_and_attach(config: KernelConfig) -> Result<Self, CaptureError> {
+    /// The same beside an agent that runs and has given its lock of the cgroup: enters the cgroup and loads, but puts
+    /// no program anywhere.
+    ///
+    /// # Errors
+    /// Says which program or file is at fault; the other agent's are untouched.
+    pub fn beside(config: KernelConfig, cgroup_lock: fs::File) -> Result<Self, CaptureError> {
+        Self::beside_with(config, cgroup_lock, OBJECT)
+    }
+
+    /// [`Kernel::beside`] with other programs, for tests of programs that the kernel rejects.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn beside_with(
+        config: KernelConfig,
+        cgroup_lock: fs::File,
+        object: &[u8],
+    ) -> Result<Self, CaptureError> {
+        let is_new = !config.pin_dir().is_dir();
+        let loaded = Self::load(config.clone(), cgroup_lock, object);
+        if loaded.is_err() && is_new {
+            remove_folder(&config.pin_dir());
+        }
+        loaded
+    }
+
+    fn load(
+        config: KernelConfig,
+        cgroup_lock: fs::File,
+        object: &[u8],
+    ) -> Result<Self, CaptureError> {
         let agent_cgroup = enter_agent_cgroup(&config)?;
         let pin_dir = config.pin_dir();
         fs::create_dir_all(&pin_dir).map_err(CaptureError::file("create", &pin_dir))?;
@@ -151,7 +195,12 @@ impl Kernel {
             .btf(None)
             .default_map_pin_directory(&pin_dir)
             .override_global("AGENT_CGROUP", &agent_cgroup, true)
-            .load(OBJECT)
+            .map_max_entries("FLOWS", config.flows_max)
+            .map_max_entries(
+                "AGENT_FLOWS",
+                config.flows_max.saturating_mul(AGENT_FLOWS_PER_FLOW),
+            )
+            .load(object)
             .map_err(|error| CaptureError::Load {
                 program: "all".into(),
                 reason: chain(&error),
@@ -170,44 +219,36 @@ impl Kernel {
             listeners: take(&mut programs, "LISTENERS")?,
             dead: take(&mut programs, "DEAD")?,
             flows: take(&mut programs, "FLOWS")?,
+            agent_flows: take(&mut programs, "AGENT_FLOWS")?,
             edges: take(&mut programs, "EDGES")?,
             counters: take(&mut programs, "COUNTERS")?,
         };
         let verdicts = take(&mut programs, "VERDICTS")?;
-        let kernel = Self {
+        Ok(Self {
             config,
+            cgroup_lock: Mutex::new(Some(cgroup_lock)),
             programs,
             maps: Mutex::new(maps),
             verdicts: Mutex::new(verdicts),
-        };
-        kernel.attach_node()?;
-        Ok(kernel)
+        })
     }
 
-    /// Attaches what looks at the whole node.
-    fn attach_node(&self) -> Result<(), CaptureError> {
-        let cgroup_root = open_dir(&self.config.cgroup_root)?;
-        let agent_dir = open_dir(&self.config.agent_cgroup())?;
-        // The agent's own sockets first: were it captured before it is known, it would loop.
-        self.attach(
-            "weft_agent_flow",
-            "agent-flow",
-            agent_dir.as_fd(),
-            AttachType::SockOps,
-        )?;
-        self.attach(
-            "weft_connect4",
-            "connect4",
-            cgroup_root.as_fd(),
-            AttachType::Connect4,
-        )?;
-        self.attach(
-            "weft_connect6",
-            "connect6",
-            cgroup_root.as_fd(),
-            AttachType::Connect6,
-        )?;
-        Ok(())
+    /// A copy of the lock of the agent's cgroup, for the agent that takes over.
+    ///
+    /// # Errors
+    /// When it was given up, or the process is out of descriptors.
+    pub fn share_lock(&self) -> std::io::Result<fs::File> {
+        let lock = self.cgroup_lock.lock();
+        let lock = lock.unwrap_or_else(PoisonError::into_inner);
+        lock.as_ref()
+            .ok_or(std::io::ErrorKind::NotFound)?
+            .try_clone()
+    }
+
+    /// Gives up the lock of the agent's cgroup: another agent captures from here on.
+    pub fn give_up_lock(&self) {
+        let lock = self.cgroup_lock.lock();
+        *lock.unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Configuration it was started with.
@@ -219,42 +260,6 @@ impl Kernel {
     /// For the kernel logger.
     pub fn programs_mut(&mut self) -> &mut Ebpf {
         &mut self.programs
-    }
-
-    /// Puts a program at its place: into the pinned link if there is one that still holds, else by a new link.
-    fn attach(
-        &self,
-        program: &'static str,
-        pin: &str,
-        target: BorrowedFd<'_>,
-        kind: AttachType,
-    ) -> Result<(), CaptureError> {
-        let path = self.link_path(pin);
-        let failed = |source| CaptureError::Attach {
-            program,
-            target: pin.to_owned(),
-            source,
-        };
-        let fd = self.program_fd(program)?;
-        if let Ok(link) = bpf::open_pin(&path) {
-            match bpf::link_update(link.as_fd(), fd) {
-                Ok(()) => return Ok(()),
-                // The cgroup or namespace of the link is gone; its successor needs a link of its own.
-                Err(error) => tracing::info!(pin, %error, "pinned link is dead, attaching anew"),
-            }
-            fs::remove_file(&path).map_err(CaptureError::file("remove", &path))?;
-        }
-        let link = bpf::link_create(fd, target, kind).map_err(failed)?;
-        bpf::pin(link.as_fd(), &path).map_err(CaptureError::file("pin a link at", &path))
-    }
-
-    fn detach(&self, pin: &str) {
-        let path = self.link_path(pin);
-        if let Err(error) = fs::remove_file(&path)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!(path = %path.display(), %error, "cannot remove a pinned link");
-        }
     }
 
     fn program_fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, CaptureError> {
@@ -281,93 +286,9 @@ impl Kernel {
         bpf::test_run(fd, context).map_err(CaptureError::file("run", "weft_lookup"))
     }
 
-    /// Captures inbound connections of a namespace.
-    pub(super) fn attach_lookup(&self, netns: &Netns) -> Result<(), CaptureError> {
-        self.attach(
-            "weft_lookup",
-            &lookup_pin(netns.cookie()),
-            netns.as_fd(),
-            AttachType::SkLookup,
-        )
-    }
-
-    /// Counts flows of a workload's cgroup, and lets them go the same-node way.
-    pub(super) fn attach_flow(
-        &self,
-        cookie: NetnsCookie,
-        cgroup: &Path,
-    ) -> Result<(), CaptureError> {
-        let dir = open_dir(cgroup)?;
-        self.attach(
-            "weft_flow",
-            &flow_pin(cookie),
-            dir.as_fd(),
-            AttachType::SockOps,
-        )
-    }
-
-    /// Attaches the node's own programs again where their pins were removed behind our back.
-    pub(super) fn reattach_node(&self) -> Result<bool, CaptureError> {
-        let pins = ["agent-flow", "connect4", "connect6"];
-        if pins.iter().all(|pin| self.is_pinned(pin)) {
-            return Ok(false);
-        }
-        self.attach_node()?;
-        Ok(true)
-    }
-
-    /// The same for the inbound program of a namespace.
-    pub(super) fn reattach_lookup(&self, netns: &Netns) -> Result<bool, CaptureError> {
-        if self.is_pinned(&lookup_pin(netns.cookie())) {
-            return Ok(false);
-        }
-        self.attach_lookup(netns)?;
-        Ok(true)
-    }
-
-    /// The same for the flow program of a workload's cgroup.
-    pub(super) fn reattach_flow(
-        &self,
-        cookie: NetnsCookie,
-        cgroup: &Path,
-    ) -> Result<bool, CaptureError> {
-        if self.is_pinned(&flow_pin(cookie)) {
-            return Ok(false);
-        }
-        self.attach_flow(cookie, cgroup)?;
-        Ok(true)
-    }
-
-    /// Whether the inbound program is where it should be, as far as its pin tells.
-    pub(super) fn has_lookup(&self, cookie: NetnsCookie) -> bool {
-        self.is_pinned(&lookup_pin(cookie))
-    }
-
-    fn is_pinned(&self, pin: &str) -> bool {
-        self.link_path(pin).exists()
-    }
-
-    fn link_path(&self, pin: &str) -> PathBuf {
-        self.config.pin_dir().join(format!("link-{pin}"))
-    }
-
-    /// Removes the links of a workload.
-    fn detach_workload(&self, cookie: NetnsCookie) {
-        self.detach(&lookup_pin(cookie));
-        self.detach(&flow_pin(cookie));
-    }
-
     fn lock(&self) -> MutexGuard<'_, Maps> {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn lookup_pin(cookie: NetnsCookie) -> String {
-    format!("lookup-{:x}", cookie.0)
-}
-
-fn flow_pin(cookie: NetnsCookie) -> String {
-    format!("flow-{:x}", cookie.0)
 }
 
 /// The form in which programs know addresses.
@@ -385,8 +306,11 @@ pub(super) fn ip(address: &Address) -> IpAddr {
 
 /// Removes every pin of this node. Links go with their pins, programs with their links.
 pub fn remove_node_pins(config: &KernelConfig) {
-    let dir = config.node_dir();
-    if let Err(error) = fs::remove_dir_all(&dir)
+    remove_folder(&config.node_dir());
+}
+
+fn remove_folder(dir: &Path) {
+    if let Err(error) = fs::remove_dir_all(dir)
         && error.kind() != std::io::ErrorKind::NotFound
     {
         tracing::warn!(path = %dir.display(), %error, "cannot remove pins");
@@ -410,6 +334,27 @@ pub fn remove_agent_cgroup(config: &KernelConfig) {
     }
 }
 
+/// Two agents with one set of pins would take the listeners out of each other's hands, so the one that captures holds
+/// a lock on its cgroup (flock(2), which works on any folder). Agents that only drain may be in it, too.
+fn lock_agent_cgroup(config: &KernelConfig) -> Result<fs::File, CaptureError> {
+    let dir = config.agent_cgroup();
+    fs::create_dir_all(&dir).map_err(CaptureError::file("create", &dir))?;
+    let file = fs::File::open(&dir).map_err(CaptureError::file("open", &dir))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => {
+            let procs = dir.join("cgroup.procs");
+            let inside = fs::read_to_string(&procs).map_err(CaptureError::file("read", &procs))?;
+            Err(CaptureError::AnotherAgent {
+                node: config.node.clone(),
+                pids: inside.split_whitespace().collect::<Vec<_>>().join(", "),
+                cgroup: dir,
+            })
+        }
+        Err(fs::TryLockError::Error(error)) => Err(CaptureError::file("lock", dir)(error)),
+    }
+}
+
 /// The kernel's name of a cgroup is the inode of its folder.
 pub(super) fn cgroup_id(dir: &Path) -> Result<u64, CaptureError> {
     fs::metadata(dir)
@@ -420,18 +365,8 @@ pub(super) fn cgroup_id(dir: &Path) -> Result<u64, CaptureError> {
 /// Returns the cgroup's id.
 fn enter_agent_cgroup(config: &KernelConfig) -> Result<u64, CaptureError> {
     let dir = config.agent_cgroup();
-    fs::create_dir_all(&dir).map_err(CaptureError::file("create", &dir))?;
     let procs = dir.join("cgroup.procs");
     let own = std::process::id().to_string();
-    let inside = fs::read_to_string(&procs).map_err(CaptureError::file("read", &procs))?;
-    // Two agents with one set of pins would take the listeners out of each other's hands.
-    if let Some(pid) = inside.lines().find(|pid| **pid != own) {
-        return Err(CaptureError::AnotherAgent {
-            node: config.node.clone(),
-            pid: pid.to_owned(),
-            cgroup: dir,
-        });
-    }
     fs::write(&procs, own).map_err(CaptureError::file("enter the cgroup by", &procs))?;
     cgroup_id(&dir)
 }
@@ -492,7 +427,12 @@ where
     M::try_from(map).map_err(|error| CaptureError::map(name, error))
 }
 
-/// An error with all its causes: the verifier's output is in the last one.
+/// Of a long reason: characters shown of its beginning, which says what failed, and of its end, which is where the
+/// verifier says why.
+const REASON_HEAD_CHARS: usize = 400;
+const REASON_TAIL_CHARS: usize = 1600;
+
+/// An error with all its causes, cut in the middle: the verifier's output is in the last one.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -501,5 +441,11 @@ fn chain(error: &dyn std::error::Error) -> String {
         text.push_str(&error.to_string());
         cause = error.source();
     }
-    text
+    let length = text.chars().count();
+    if length <= REASON_HEAD_CHARS + REASON_TAIL_CHARS {
+        return text;
+    }
+    let head = text.chars().take(REASON_HEAD_CHARS);
+    let tail = text.chars().skip(length - REASON_TAIL_CHARS);
+    head.chain(" … ".chars()).chain(tail).collect()
 }

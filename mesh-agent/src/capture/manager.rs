@@ -1,7 +1,7 @@
 //! Enrolling and un-enrolling: the order of steps, and undoing them.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -48,6 +48,23 @@ pub struct Enrolled {
     pub record: Record,
 }
 
+impl Enrolled {
+    fn new(netns: Netns, record: Record) -> Self {
+        let local = LocalWorkload {
+            namespace: record.enrolment.namespace.as_str().into(),
+            name: record.enrolment.name.as_str().into(),
+            netns: Arc::new(netns),
+            addresses: record.addresses.clone(),
+            workload: arc_swap::ArcSwapOption::empty(),
+            holds: Arc::default(),
+        };
+        Self {
+            local: Arc::new(local),
+            record,
+        }
+    }
+}
+
 /// The kernel side of the node and the workloads enrolled on it.
 #[derive(Debug)]
 pub struct Capture {
@@ -57,19 +74,30 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Manages workloads on a kernel side that was started.
+    /// Manages workloads on a kernel side that was started. Verdicts of earlier agents are void from here on.
     ///
     /// # Errors
     /// When the kernel refuses the generation.
     pub fn new(kernel: Kernel) -> Result<Self, CaptureError> {
-        // Greater than any sum that an earlier agent of this boot can have used.
-        let generation_base = sys::monotonic_ns();
-        kernel.set_generation(generation_base)?;
-        Ok(Self {
+        let capture = Self::beside(kernel);
+        capture.kernel.set_generation(capture.generation_base)?;
+        Ok(capture)
+    }
+
+    /// The same on a kernel side that another agent still uses, whose verdicts hold until [`Capture::mesh_changed`].
+    #[must_use]
+    pub fn beside(kernel: Kernel) -> Self {
+        Self {
             kernel: Arc::new(kernel),
-            generation_base,
+            // Greater than any sum that an earlier agent of this boot can have used.
+            generation_base: sys::monotonic_ns(),
             enrolled: Mutex::default(),
-        })
+        }
+    }
+
+    /// The programs, for the kernel logger. Only before the kernel side is shared.
+    pub fn programs_mut(&mut self) -> Option<&mut aya::Ebpf> {
+        Arc::get_mut(&mut self.kernel).map(Kernel::programs_mut)
     }
 
     /// The kernel side, for counters.
@@ -143,15 +171,7 @@ impl Capture {
                 (None, Err(_)) => FormerSysctls::kernel_defaults(),
             },
         };
-        let local = Arc::new(LocalWorkload {
-            namespace: enrolment.namespace.as_str().into(),
-            name: enrolment.name.as_str().into(),
-            netns: Arc::new(netns),
-            addresses,
-            workload: arc_swap::ArcSwapOption::empty(),
-            holds: Arc::default(),
-        });
-        let enrolled = Enrolled { local, record };
+        let enrolled = Enrolled::new(netns, record);
         if let Err(error) = sysctls
             .map(|_| ())
             .and_then(|()| self.capture(&enrolled, &listeners, settings))
@@ -161,11 +181,92 @@ impl Capture {
             }
             return Err(error);
         }
+        self.remember(&enrolled);
+        Ok((enrolled, listeners))
+    }
+
+    /// Knows a workload that an agent which still runs has captured. The kernel is not touched.
+    ///
+    /// # Errors
+    /// When its namespace is no longer at its path.
+    pub fn inherit(&self, record: &Record) -> Result<Enrolled, CaptureError> {
+        let path = PathBuf::from(&record.enrolment.netns);
+        let failed = |source| CaptureError::Netns {
+            path: path.clone(),
+            source,
+        };
+        let netns = Netns::open(&path).map_err(failed)?;
+        if netns.cookie().0 != record.cookie {
+            return Err(failed(std::io::ErrorKind::NotFound.into()));
+        }
+        let enrolled = Enrolled::new(netns, record.clone());
+        self.remember(&enrolled);
+        Ok(enrolled)
+    }
+
+    /// Puts our programs and entries in the place of the other agent's, for workloads that were [inherited], then for
+    /// the node. Without settings, those that the kernel has stay.
+    ///
+    /// [inherited]: Capture::inherit
+    ///
+    /// # Errors
+    /// Says what failed; [`Capture::put_back`] of the other agent undoes what was done.
+    pub fn put_in_place<'a>(
+        &self,
+        workloads: impl IntoIterator<Item = (&'a Enrolled, &'a Listeners, Option<CaptureSettings>)>,
+    ) -> Result<(), CaptureError> {
+        for (enrolled, listeners, settings) in workloads {
+            let present = self.kernel.workload(enrolled.local.cookie());
+            let value = match (settings, present) {
+                (None, Some(present)) => present,
+                (settings, _) => kernel_workload(enrolled, settings.unwrap_or_default()),
+            };
+            self.place(enrolled, listeners, value)?;
+        }
+        self.kernel.attach_node().map(drop)
+    }
+
+    /// Puts our programs back into every link, after another agent had begun to take over.
+    ///
+    /// # Errors
+    /// Says which program; the other agent's stays there, which works on the same maps.
+    pub fn put_back(&self) -> Result<(), CaptureError> {
+        for enrolled in self.enrolled() {
+            let cookie = enrolled.local.cookie();
+            if let Some(cgroup) = &enrolled.record.enrolment.cgroup {
+                self.kernel.attach_flow(cookie, Path::new(cgroup))?;
+            }
+            self.kernel.attach_lookup(&enrolled.local.netns)?;
+        }
+        self.kernel.attach_node()?;
+        self.kernel.remove_other_versions();
+        Ok(())
+    }
+
+    /// What an agent of another ABI had captured and this one could not take over stays refused.
+    ///
+    /// # Errors
+    /// When the kernel refuses the entry.
+    pub fn keep_refused(&self, record: &Record) -> Result<(), CaptureError> {
+        if self.kernel.workload(NetnsCookie(record.cookie)).is_some() {
+            return Ok(());
+        }
+        let value = mesh_ebpf::Workload {
+            cookie: record.cookie,
+            flags: FLAG_FAIL_CLOSED,
+            padding: 0,
+            cgroup: 0,
+        };
+        self.kernel.set_addresses(value, &record.addresses)?;
+        self.kernel.set_workload(value)
+    }
+
+    fn remember(&self, enrolled: &Enrolled) {
+        let enrolment = &enrolled.record.enrolment;
         self.lock().insert(
             (enrolment.namespace.clone(), enrolment.name.clone()),
             enrolled.clone(),
         );
-        Ok((enrolled, listeners))
     }
 
     /// Stops capturing a workload: connections begun after this go their own way. Those that the agent carries still
@@ -235,11 +336,13 @@ impl Capture {
         enrolled: &Enrolled,
         settings: Option<CaptureSettings>,
     ) -> Result<bool, CaptureError> {
-        let mut repaired = self.kernel.reattach_node()?;
-        repaired |= self.kernel.reattach_lookup(&enrolled.local.netns)?;
-        if let Some(cgroup) = &enrolled.record.enrolment.cgroup {
+        let mut repaired = self.kernel.attach_node()?;
+        repaired |= self.kernel.attach_lookup(&enrolled.local.netns)?;
+        let cgroup = enrolled.record.enrolment.cgroup.as_deref().map(Path::new);
+        // One that has gone has no processes left.
+        if let Some(cgroup) = cgroup.filter(|path| path.is_dir()) {
             let cookie = enrolled.local.cookie();
-            repaired |= self.kernel.reattach_flow(cookie, Path::new(cgroup))?;
+            repaired |= self.kernel.attach_flow(cookie, cgroup)?;
         }
         repaired |= match (settings, self.kernel.workload(enrolled.local.cookie())) {
             (Some(settings), _) => self.apply_settings(enrolled, settings)?,
@@ -251,13 +354,29 @@ impl Capture {
         if local.netns.is_at_its_path() {
             repaired |= steering::mend(&local.netns, &local.addresses).await?;
         }
-        if !self.kernel.has_listeners(local.cookie()) {
-            return Err(CaptureError::NoListener(format!(
-                "workload {}/{}",
-                local.namespace, local.name
-            )));
-        }
         Ok(repaired)
+    }
+
+    /// Namespaces whose listeners the programs find.
+    #[must_use]
+    pub fn listening(&self) -> HashSet<NetnsCookie> {
+        self.kernel.listening()
+    }
+
+    /// Puts the listeners of a workload back where the programs find them. Those that listen no more, because somebody
+    /// ended their sockets, are opened anew. Returns what is to be served, if anything is new.
+    ///
+    /// # Errors
+    /// When a port is taken, or the kernel refuses an entry.
+    pub fn put_back_listeners(
+        &self,
+        enrolled: &Enrolled,
+        listeners: Listeners,
+    ) -> Result<Option<Listeners>, CaptureError> {
+        let (listeners, is_new) = dial::revive(&enrolled.local.netns, listeners)?;
+        self.kernel
+            .set_listeners(enrolled.local.cookie(), &listeners)?;
+        Ok(is_new.then_some(listeners))
     }
 
     /// Tells the kernel that the mesh changed: older verdicts are void, and these service addresses are dead.
@@ -271,15 +390,16 @@ impl Capture {
         Ok(())
     }
 
-    /// Whether the kernel programs know the workload, its addresses and its listeners.
+    /// Whether the kernel programs know the workload, its addresses and its listeners, and the inbound one is in its
+    /// place.
     #[must_use]
-    pub fn is_captured(&self, enrolled: &Enrolled) -> bool {
+    pub fn is_captured(&self, enrolled: &Enrolled, listening: &HashSet<NetnsCookie>) -> bool {
         let cookie = enrolled.local.cookie();
         self.kernel.workload(cookie).is_some_and(|workload| {
             self.kernel
                 .has_addresses(workload, &enrolled.local.addresses)
-        }) && self.kernel.has_listeners(cookie)
-            && self.kernel.has_lookup(cookie)
+        }) && listening.contains(&cookie)
+            && self.kernel.has_lookup(&enrolled.local.netns)
     }
 
     /// Forgets namespaces that an earlier agent captured and nobody enrols any more. Those in `kept` stay as they are:
@@ -358,8 +478,16 @@ impl Capture {
         listeners: &Listeners,
         settings: CaptureSettings,
     ) -> Result<(), CaptureError> {
+        self.place(enrolled, listeners, kernel_workload(enrolled, settings))
+    }
+
+    fn place(
+        &self,
+        enrolled: &Enrolled,
+        listeners: &Listeners,
+        value: mesh_ebpf::Workload,
+    ) -> Result<(), CaptureError> {
         let cookie = enrolled.local.cookie();
-        let value = kernel_workload(enrolled, settings);
         self.kernel.set_listeners(cookie, listeners)?;
         self.kernel
             .set_addresses(value, &enrolled.local.addresses)?;

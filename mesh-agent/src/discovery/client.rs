@@ -5,7 +5,10 @@ use std::{
     collections::BTreeMap,
     io,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -58,7 +61,7 @@ pub const TOKEN_MAX_BYTES: usize = 64 * 1024;
 const ERROR_TEXT_MAX: usize = 1_024;
 
 /// Where the control plane is, and as whom to ask.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct DiscoveryConfig {
     /// `https://host:port`; without a scheme, `https` is meant. Plain `http` is refused.
     pub address: String,
@@ -76,6 +79,8 @@ pub struct DiscoveryConfig {
     pub network: String,
     /// File of the last good state; none is kept without it.
     pub snapshot_file: Option<PathBuf>,
+    /// Whether this process is the one that writes it: two may run while one takes over from the other.
+    pub writes_snapshot: Arc<AtomicBool>,
 }
 
 /// Why there is no stream. All but [`DiscoveryError::Address`] are retried.
@@ -285,6 +290,7 @@ impl DiscoveryClient {
                 subscription: Arc::clone(&self.subscription),
                 changes: self.changes.subscribe(),
                 status: self.status.clone(),
+                may_write: self.config.writes_snapshot.clone(),
                 failing: false,
             };
             tokio::spawn(keeper.run(shutdown.clone()))
@@ -526,6 +532,7 @@ struct SnapshotKeeper {
     subscription: Arc<Mutex<Subscription>>,
     changes: watch::Receiver<u64>,
     status: watch::Sender<DiscoveryStatus>,
+    may_write: Arc<AtomicBool>,
     /// The last attempt failed and was logged.
     failing: bool,
 }
@@ -559,6 +566,10 @@ impl SnapshotKeeper {
 
     /// Writes what is in force now; how long to pause before the next attempt.
     async fn write(&mut self) -> Duration {
+        if !self.may_write.load(Ordering::Acquire) {
+            self.changes.mark_changed();
+            return SNAPSHOT_DEBOUNCE;
+        }
         let start = Instant::now();
         // Read before the records: they may hold more than that, never less.
         let contained = self.status.borrow().responses;

@@ -26,6 +26,7 @@ impl Agent {
     pub(super) async fn enrol(&self, enrolment: &Enrolment) -> Result<Enrolled, String> {
         validate_enrolment(enrolment)?;
         let _one_at_a_time = self.enrolling.lock().await;
+        self.require_active()?;
         let enrolled = self
             .capture_and_serve(enrolment, None)
             .await
@@ -47,6 +48,7 @@ impl Agent {
     /// When it is not enrolled, or something cannot be removed.
     pub(super) async fn unenrol(&self, namespace: &str, name: &str) -> Result<(), String> {
         let _one_at_a_time = self.enrolling.lock().await;
+        self.require_active()?;
         let undone = match self.take_missing(&(namespace.to_owned(), name.to_owned())) {
             None => self.release(namespace, name).await,
             Some(Missing { record: None, .. }) => Ok(()),
@@ -59,6 +61,13 @@ impl Agent {
         self.save_records().map_err(|error| error.to_string())?;
         self.mesh_changed();
         Ok(())
+    }
+
+    fn require_active(&self) -> Result<(), String> {
+        if self.is_active() {
+            return Ok(());
+        }
+        Err("another agent has just taken over from this one; ask again".to_owned())
     }
 
     /// Takes over recorded and configured workloads. One that fails (its namespace is gone) is reported and does not
@@ -78,11 +87,19 @@ impl Agent {
             }
         }
         for (enrolment, record) in wanted {
+            if self
+                .capture
+                .find(&enrolment.namespace, &enrolment.name)
+                .is_some()
+            {
+                continue;
+            }
             match self.capture_and_serve(&enrolment, record.as_ref()).await {
                 Ok(_) => {}
                 Err(error) => self.report_missing(enrolment, record, &error),
             }
         }
+        self.replace_another_abi();
         let on_record: Vec<NetnsCookie> = self
             .missing()
             .values()
@@ -97,6 +114,28 @@ impl Agent {
             tracing::error!(%error, "enrolments are not recorded; a restarted agent will not know them");
         }
         self.mesh_changed();
+    }
+
+    /// Ends what an agent of another ABI has in the kernel, now that everything that is known is captured anew.
+    fn replace_another_abi(&self) {
+        if !self.capture.kernel().follows_another_abi() {
+            return;
+        }
+        for record in self
+            .missing()
+            .values()
+            .filter_map(|one| one.record.as_ref())
+        {
+            if let Err(error) = self.capture.keep_refused(record) {
+                let workload = &record.enrolment.name;
+                tracing::error!(%workload, %error, "its connections are no longer refused");
+            }
+        }
+        // Not removed: the other version's programs go on refusing what they had captured.
+        match self.capture.kernel().attach_node() {
+            Ok(_) => self.capture.kernel().remove_other_versions(),
+            Err(error) => tracing::error!(%error, "the programs of another version stay"),
+        }
     }
 
     async fn capture_and_serve(

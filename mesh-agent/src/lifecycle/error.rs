@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use super::records::RecordsError;
+use super::{handover::HandoverError, records::RecordsError};
 use crate::{
     admin::{BindError, LocalSocketError},
     capture::CaptureError,
@@ -80,6 +80,14 @@ pub enum AgentError {
     /// The proxy.
     #[error(transparent)]
     Workers(#[from] WorkerError),
+    /// Taking over from a running agent.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// Agents that were replaced still serve connections.
+    #[error(
+        "agents that were replaced still serve connections (process {0}); wait for them, or end them with SIGTERM, then try again"
+    )]
+    Draining(String),
     /// The file of enrolments.
     #[error(transparent)]
     Records(#[from] RecordsError),

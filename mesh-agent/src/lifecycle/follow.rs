@@ -1,12 +1,16 @@
 //! Following the mesh: every change reaches the kernel, the local workloads and the certificates.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_api::identity::Identity;
 use tokio::time::timeout;
 
-use super::agent::Agent;
-use crate::{capture::Enrolled, discovery::model::CaptureSettings};
+use super::{AgentError, agent::Agent, enrolment::Key};
+use crate::{
+    capture::{CaptureError, Enrolled},
+    discovery::model::CaptureSettings,
+    proxy::ServeHandle,
+};
 
 /// How often the kernel is asked whether capture is whole. A lost piece means uncaptured connections, so well within
 /// the ten seconds that are promised; asking costs a few system calls per workload.
@@ -22,14 +26,23 @@ impl Agent {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
+            if !self.is_active() {
+                continue;
+            }
+            let listening = self.capture.listening();
             for one in self.capture.enrolled() {
-                self.keep_one_captured(&one).await;
+                let listens = listening.contains(&one.local.cookie());
+                self.keep_one_captured(&one, listens).await;
             }
         }
     }
 
-    async fn keep_one_captured(&self, one: &Enrolled) {
+    async fn keep_one_captured(&self, one: &Enrolled, listens: bool) {
         let _one_at_a_time = self.enrolling.lock().await;
+        // Another agent may have taken over meanwhile, and it is its programs that belong there.
+        if !self.is_active() {
+            return;
+        }
         let (namespace, name) = (&one.local.namespace, &one.local.name);
         let still = self.capture.find(namespace, name);
         if still.is_none_or(|still| still.local.cookie() != one.local.cookie()) {
@@ -38,7 +51,7 @@ impl Agent {
         let workload = format!("{namespace}/{name}");
         let known = one.local.workload.load_full();
         let settings = known.map(|workload| workload.capture);
-        let repaired = self.capture.repair(one, settings).await;
+        let repaired = self.repair(one, settings, listens).await;
         self.telemetry
             .capture
             .set_state(&workload, repaired.is_ok());
@@ -52,6 +65,45 @@ impl Agent {
                 tracing::error!(%workload, %error, "capture is not whole and cannot be put back");
             }
         }
+    }
+
+    /// Returns whether anything had to be put back.
+    async fn repair(
+        &self,
+        one: &Enrolled,
+        settings: Option<CaptureSettings>,
+        listens: bool,
+    ) -> Result<bool, AgentError> {
+        let repaired = self.capture.repair(one, settings).await?;
+        let enrolment = &one.record.enrolment;
+        let key = (enrolment.namespace.clone(), enrolment.name.clone());
+        let has_lost_one = {
+            let serving = self.serving();
+            serving
+                .get(&key)
+                .is_some_and(ServeHandle::has_lost_listener)
+        };
+        // Asked before the lock was taken, it may have been enrolled only then.
+        let listens = listens || self.capture.listening().contains(&one.local.cookie());
+        if listens && !has_lost_one {
+            return Ok(repaired);
+        }
+        self.put_back_listeners(one, key).await?;
+        Ok(true)
+    }
+
+    async fn put_back_listeners(&self, one: &Enrolled, key: Key) -> Result<(), AgentError> {
+        let id = self.serving().get(&key).map(ServeHandle::id);
+        let mut lent = self.workers.lend(id).await?;
+        let listeners = lent
+            .pop()
+            .ok_or_else(|| CaptureError::NoListener(format!("workload {}/{}", key.0, key.1)))?;
+        if let Some(listeners) = self.capture.put_back_listeners(one, listeners)? {
+            let handle = self.workers.serve(one.local.clone(), listeners)?;
+            // The one before accepts no more; what it has goes on.
+            self.serving().insert(key, handle);
+        }
+        Ok(())
     }
 
     /// Applies the mesh as it is, then every change, until the mesh ends.
@@ -71,7 +123,8 @@ impl Agent {
         }
     }
 
-    /// Brings everything in line with the mesh. The kernel's verdicts of older generations are void from here on.
+    /// Brings everything in line with the mesh. The kernel's verdicts of older generations are void from here on. While
+    /// another agent captures, the kernel is left alone.
     pub(super) fn mesh_changed(&self) {
         let generation = *self.mesh.generation().borrow();
         let enrolled = self.capture.enrolled();
@@ -87,7 +140,21 @@ impl Agent {
             }
             state.dead_destinations()
         };
-        for one in &enrolled {
+        if self.is_active() {
+            self.bring_kernel_in_line(&enrolled, generation, &dead);
+        }
+        self.telemetry
+            .agent
+            .workloads
+            .set(i64::try_from(enrolled.len()).unwrap_or(i64::MAX));
+        let identities: Vec<Identity> = identities.into_iter().collect();
+        self.certificates.retain(&identities);
+        self.end_forbidden_flows();
+    }
+
+    fn bring_kernel_in_line(&self, enrolled: &[Enrolled], generation: u64, dead: &[SocketAddr]) {
+        let listening = self.capture.listening();
+        for one in enrolled {
             let settings = one
                 .local
                 .workload
@@ -98,22 +165,15 @@ impl Agent {
             let Some(settings) = settings else { continue };
             let workload = format!("{}/{}", one.local.namespace, one.local.name);
             let applied = self.capture.apply_settings(one, settings);
-            let is_whole = applied.is_ok() && self.capture.is_captured(one);
+            let is_whole = applied.is_ok() && self.capture.is_captured(one, &listening);
             self.telemetry.capture.set_state(&workload, is_whole);
             if let Err(error) = applied {
                 tracing::error!(%workload, %error, "cannot apply capture settings");
             }
         }
-        if let Err(error) = self.capture.mesh_changed(generation, &dead) {
+        if let Err(error) = self.capture.mesh_changed(generation, dead) {
             tracing::error!(%error, "cannot void the kernel's verdicts; they end by their time");
         }
-        self.telemetry
-            .agent
-            .workloads
-            .set(i64::try_from(enrolled.len()).unwrap_or(i64::MAX));
-        let identities: Vec<Identity> = identities.into_iter().collect();
-        self.certificates.retain(&identities);
-        self.end_forbidden_flows();
     }
 
     /// Settings of a local workload as discovery has them, or the defaults (fail closed).

@@ -1,8 +1,8 @@
 //! What the process gives up before it does anything for anybody: capabilities, system calls, ways to gain rights, and
 //! core dumps. A hole in what parses a peer's bytes is then worth less to who finds it.
 //!
-//! Everything here is inherited by threads and by programs that are started later (an agent that takes over included),
-//! so what is kept suffices to start an agent, too.
+//! Everything here is inherited by threads and by programs that are started later. The agent that `weft agent upgrade`
+//! starts is one, so what is kept suffices to start an agent and to take over, too; it never gets more.
 
 use std::{collections::BTreeMap, fs};
 
@@ -15,9 +15,13 @@ use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set,
     clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
 };
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
 
 use super::AgentError;
+use crate::sys;
 
 /// Capabilities that are kept, and why.
 const KEPT: [(CapabilitySet, &str); 4] = [
@@ -209,9 +213,40 @@ fn drop_capabilities() -> Result<(), AgentError> {
     set_capabilities(None, sets).map_err(system)
 }
 
-/// Makes the kernel answer `EPERM` to every call of [`REFUSED`], on this thread and what it starts.
+/// Makes the kernel answer `EPERM` to every call of [`REFUSED`], on this thread and what it starts. An agent that was
+/// started by another one has inherited a filter, and filters only add up: each costs time, and together they may have
+/// 32,768 instructions (kernel/seccomp.c, `MAX_INSNS_PER_PATH`). So only a filter that refuses other calls is added.
 fn refuse_system_calls() -> Result<(), seccompiler::Error> {
+    if is_refused_already() {
+        return Ok(());
+    }
     seccompiler::apply_filter(&filter()?)
+}
+
+/// An option of prctl(2) that no kernel has: our filters answer it with `EPERM` for the list that they refuse, everything
+/// else with `EINVAL`.
+const QUESTION: i32 = i32::from_be_bytes(*b"WFTq");
+
+fn is_refused_already() -> bool {
+    let list = fingerprint();
+    // The second question is about a list that nobody has: who refuses that refuses the question.
+    sys::is_refused(QUESTION, list) && !sys::is_refused(QUESTION, !list)
+}
+
+/// Names the list of refused calls (FNV-1a).
+fn fingerprint() -> u64 {
+    let bytes = REFUSED.iter().flat_map(|call| call.to_le_bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+fn answer() -> Result<SeccompRule, seccompiler::BackendError> {
+    let option = u64::from(QUESTION.cast_unsigned());
+    SeccompRule::new(vec![
+        SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, option)?,
+        SeccompCondition::new(1, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, fingerprint())?,
+    ])
 }
 
 fn filter() -> Result<BpfProgram, seccompiler::Error> {
@@ -223,6 +258,7 @@ fn filter() -> Result<BpfProgram, seccompiler::Error> {
         let twins: Vec<i64> = rules.keys().copied().chain(X32_OWN).collect();
         rules.extend(twins.iter().map(|call| (call | X32_BIT, always())));
     }
+    rules.insert(libc::SYS_prctl, vec![answer()?]);
     let filter = SeccompFilter::new(
         rules,
         SeccompAction::Allow,
@@ -302,6 +338,33 @@ mod tests {
         });
         assert_eq!(confined, Err(Errno::EPERM));
         make_node(folder.path(), "elsewhere").expect("other threads are not touched");
+    }
+
+    /// `Seccomp_filters` of /proc/PID/status.
+    fn filters() -> u32 {
+        let status = fs::read_to_string("/proc/thread-self/status").expect("/proc is there");
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Seccomp_filters:"));
+        let number = line.expect("Linux 5.9 or later").trim();
+        number.parse().expect("a number")
+    }
+
+    #[test]
+    fn a_filter_that_was_inherited_is_not_added_again() {
+        let counted = thread::spawn(|| {
+            prctl::set_no_new_privs().expect("always allowed");
+            let before = filters();
+            assert!(!is_refused_already(), "no filter yet");
+            refuse_system_calls().expect("this kernel has seccomp");
+            let inherited = thread::spawn(|| {
+                refuse_system_calls().expect("refused already");
+                filters()
+            });
+            (before, filters(), inherited.join().expect("no panic"))
+        });
+        let (before, first, second) = counted.join().expect("no panic");
+        assert_eq!((first, second), (before + 1, before + 1));
     }
 
     #[test]

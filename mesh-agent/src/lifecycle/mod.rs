@@ -5,6 +5,7 @@ mod credentials;
 mod enrolment;
 mod error;
 mod follow;
+mod handover;
 mod harden;
 mod kernel_metrics;
 pub mod records;
@@ -14,7 +15,8 @@ mod same_node;
 mod standalone;
 mod uninstall;
 
-pub use agent::run;
+pub use agent::{report_failed_start, run};
 pub use error::AgentError;
+pub use handover::HandoverError;
 pub use harden::{Confined, confine};
 pub use uninstall::uninstall;

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use mesh_api::local::{Request, Response, Status, WorkloadStatus};
 use serde_json::{Value, json};
 
-use super::{agent::Agent, harden, records::DAMAGED_NAME};
+use super::{agent::Agent, handover::draining, harden, records::DAMAGED_NAME};
 use crate::{
     admin::{AdminState, LocalHandler},
     capture::Enrolled,
@@ -41,6 +41,16 @@ impl LocalHandler for Agent {
             Request::Dump => Response::Dump { state: self.dump() },
             Request::Top => Response::Top {
                 edges: self.telemetry.edges(),
+            },
+            Request::Upgrade {
+                binary,
+                drain_deadline_seconds,
+            } => match self
+                .upgrade(binary.as_deref(), drain_deadline_seconds)
+                .await
+            {
+                Ok(message) => Response::Done { message },
+                Err(message) => Response::Error { message },
             },
         }
     }
@@ -117,6 +127,11 @@ impl Agent {
         let discovery = self.discovery.borrow().clone();
         self.observe_discovery(&discovery);
         let _ = self.pending();
+        let draining = draining::list(&self.config.node.run_dir);
+        let connections = draining.iter().map(|one| one.connections).sum();
+        self.telemetry
+            .agent
+            .set_draining(draining.len(), connections);
         self.telemetry.render()
     }
 
@@ -149,11 +164,15 @@ impl Agent {
             .into_iter()
             .map(|c| (c.identity.to_string(), c))
             .collect();
+        let listening = self.capture.listening();
         let mut workloads: Vec<WorkloadStatus> = self
             .capture
             .enrolled()
             .iter()
-            .map(|enrolled| self.workload_status(enrolled, &certificates))
+            .map(|enrolled| {
+                let is_captured = self.capture.is_captured(enrolled, &listening);
+                self.workload_status(enrolled, is_captured, &certificates)
+            })
             .collect();
         workloads.extend(self.missing_status());
         workloads.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
@@ -171,12 +190,14 @@ impl Agent {
             workloads,
             pending: self.pending(),
             confinement: harden::observed(),
+            draining: draining::list(&self.config.node.run_dir),
         }
     }
 
     fn workload_status(
         &self,
         enrolled: &Enrolled,
+        is_captured: bool,
         certificates: &BTreeMap<String, CertificateStatus>,
     ) -> WorkloadStatus {
         let local = &enrolled.local;
@@ -190,8 +211,8 @@ impl Agent {
                 "{} is no longer its network namespace; if the workload has gone, un-enrol it",
                 local.netns.path().display()
             )
-        } else if !self.capture.is_captured(enrolled) {
-            "kernel entries are missing; un-enrol and enrol again".to_owned()
+        } else if !is_captured {
+            "taken apart behind the agent's back; it is put back within seconds".to_owned()
         } else if known.is_none() {
             "captured, but unknown to the control plane: connections are refused".to_owned()
         } else {

@@ -1,14 +1,11 @@
 //! The run directory: locked by one agent at a time, and left as it was found when an agent cannot start.
 
 use std::{
-    fs, io,
+    fs::{self, File, TryLockError},
+    io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
-};
-
-use nix::{
-    errno::Errno,
-    fcntl::{Flock, FlockArg},
+    sync::{Mutex, PoisonError},
 };
 
 use super::{AgentError, records, standalone};
@@ -24,7 +21,8 @@ pub(super) struct RunDir {
     made: Vec<PathBuf>,
     /// No agent had left anything in it.
     is_fresh: bool,
-    _lock: Flock<fs::File>,
+    /// Released when its last copy is closed, also one in another process (flock(2)).
+    lock: Mutex<Option<File>>,
 }
 
 impl RunDir {
@@ -36,8 +34,8 @@ impl RunDir {
         Self::SNAPSHOT,
         Self::LOCK,
         mesh_api::local::SOCKET_NAME,
+        mesh_api::handover::SOCKET_NAME,
         standalone::ROOTS_FILE,
-        standalone::TOKEN_FILE,
     ];
 
     /// Makes the folder if need be, readable for root alone, and locks it.
@@ -61,11 +59,32 @@ impl RunDir {
             ])
             .all(|name| !path.join(name).exists());
         Ok(Self {
-            _lock: lock(path)?,
+            lock: Mutex::new(Some(lock(path)?)),
             path: path.to_owned(),
             made,
             is_fresh,
         })
+    }
+
+    /// The folder of a running agent, which has given its lock.
+    pub(super) fn inherited(path: &Path, lock: File) -> Self {
+        Self {
+            path: path.to_owned(),
+            made: Vec::new(),
+            is_fresh: false,
+            lock: Mutex::new(Some(lock)),
+        }
+    }
+
+    /// A copy of the lock, for the agent that takes over.
+    pub(super) fn share_lock(&self) -> io::Result<File> {
+        let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        lock.as_ref().ok_or(io::ErrorKind::NotFound)?.try_clone()
+    }
+
+    /// The folder is another agent's from here on.
+    pub(super) fn give_up(&self) {
+        *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -103,29 +122,31 @@ impl RunDir {
     }
 }
 
-fn lock(path: &Path) -> Result<Flock<fs::File>, AgentError> {
+fn lock(path: &Path) -> Result<File, AgentError> {
     let path_of_lock = path.join(RunDir::LOCK);
     for _ in 0..LOCK_ATTEMPTS {
-        let file = fs::File::options()
+        let file = File::options()
             .create(true)
             .truncate(false)
             .write(true)
             .open(&path_of_lock)
             .map_err(AgentError::file("create", &path_of_lock))?;
-        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => lock,
-            Err((_, Errno::EWOULDBLOCK)) => return Err(AgentError::Running(path.to_owned())),
-            Err((_, errno)) => return Err(AgentError::file("lock", path_of_lock)(errno.into())),
-        };
-        if is_the_file_at(&lock, &path_of_lock) {
-            return Ok(lock);
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(AgentError::Running(path.to_owned())),
+            Err(TryLockError::Error(error)) => {
+                return Err(AgentError::file("lock", path_of_lock)(error));
+            }
+        }
+        if is_the_file_at(&file, &path_of_lock) {
+            return Ok(file);
         }
     }
     let gone = io::Error::from(io::ErrorKind::NotFound);
     Err(AgentError::file("lock", path_of_lock)(gone))
 }
 
-fn is_the_file_at(file: &fs::File, path: &Path) -> bool {
+fn is_the_file_at(file: &File, path: &Path) -> bool {
     match (file.metadata(), fs::metadata(path)) {
         (Ok(ours), Ok(named)) => (ours.dev(), ours.ino()) == (named.dev(), named.ino()),
         _ => false,
@@ -156,6 +177,18 @@ mod tests {
         for name in [records::FILE_NAME, RunDir::SNAPSHOT] {
             assert!(dir.path().join(name).exists(), "{name} is gone");
         }
+    }
+
+    #[test]
+    fn a_lock_that_was_shared_is_held_until_the_last_copy_goes() {
+        let dir = tempfile::tempdir().expect("a temp folder");
+        let first = RunDir::open(dir.path()).expect("opened");
+        let second = RunDir::inherited(dir.path(), first.share_lock().expect("a copy"));
+        first.give_up();
+        drop(first);
+        RunDir::open(dir.path()).expect_err("held by the second");
+        drop(second);
+        RunDir::open(dir.path()).expect("free again");
     }
 
     #[test]

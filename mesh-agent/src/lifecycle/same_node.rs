@@ -1,6 +1,10 @@
 //! Flows that the kernel carries by itself: reported to telemetry, and ended when policy forbids them.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use mesh_ebpf::{EdgeCounters, EdgeKey};
 
@@ -8,13 +12,16 @@ use super::agent::Agent;
 use crate::{
     capture::{
         LocalWorkload,
-        flows::{SameNodeEdge, SameNodeFlow},
+        flows::{EndedFlow, SameNodeEdge, SameNodeFlow},
     },
     discovery::model::{SameNode, Workload},
     policy::{self, Connection},
     telemetry::{CloseReason, ConnectionInfo, Direction, KernelFlow, Party, Security},
 };
 
+/// How often ended connections are looked for that the programs have missed. Two looks are needed, and a minute is
+/// promised.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(15);
 /// How often same-node counters are read: well below the usual scrape interval of 15 s and more.
 const REPORT_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -26,6 +33,9 @@ impl Agent {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
+            if !self.is_active() {
+                continue;
+            }
             let mut now = HashMap::new();
             for edge in self.capture.same_node_edges() {
                 let earlier = before.get(&edge.key).copied().unwrap_or_default();
@@ -35,6 +45,30 @@ impl Agent {
                 now.insert(edge.key, edge.counters);
             }
             before = now;
+        }
+    }
+
+    /// Forgets connections that ended while nobody looked, for ever: the programs had been detached, or their cgroup was
+    /// removed under them.
+    pub(super) async fn forget_ended_flows(self: Arc<Self>) {
+        let mut before = HashSet::new();
+        let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if !self.is_active() {
+                continue;
+            }
+            let agent = self.clone();
+            let looked = tokio::task::spawn_blocking(move || agent.capture.ended_flows());
+            // Only a panic, or the end of the process, makes it fail.
+            let ended = looked.await.unwrap_or_default();
+            let twice: Vec<&EndedFlow> = ended.intersection(&before).collect();
+            if !twice.is_empty() && self.is_active() {
+                tracing::info!(connections = twice.len(), "forgotten: ended unseen");
+                self.capture.forget_ended_flows(twice);
+            }
+            before = ended;
         }
     }
 
@@ -84,6 +118,9 @@ impl Agent {
 
     /// Ends same-node flows that the mesh, as it is now, would not allow.
     pub(super) fn end_forbidden_flows(&self) {
+        if !self.is_active() {
+            return;
+        }
         for flow in self.capture.same_node_flows() {
             if self.may_go_on(&flow) {
                 continue;

@@ -2,9 +2,9 @@
 //! embedded one is reached over the same protocol on a loopback port, so there is one code path.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::Write as _,
-    os::unix::fs::OpenOptionsExt as _,
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -12,14 +12,13 @@ use mesh_control::{
     ControlHandle, ControlPlane,
     config::{CaConfig, ControlConfig, MeshConfig, SourceConfig},
 };
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::AgentError;
 use crate::config::AgentConfig;
 
 /// Roots of the embedded control plane's certificate, inside the run directory.
 pub(super) const ROOTS_FILE: &str = "standalone-roots.pem";
-/// Token of the agent for the embedded control plane.
-pub(super) const TOKEN_FILE: &str = "standalone-token";
 /// Its certificate authority, so that a restart is not a new mesh.
 pub(super) const CA_DIR: &str = "standalone-ca";
 
@@ -30,13 +29,13 @@ pub(super) struct Upstream {
     pub roots_file: PathBuf,
     pub server_name: Option<String>,
     pub token_file: Option<PathBuf>,
-    embedded: Option<ControlHandle>,
+    embedded: Option<(ControlHandle, PrivateFile)>,
 }
 
 impl Upstream {
     /// Ends the embedded control plane, if there is one.
     pub(super) async fn stop(self) {
-        if let Some(handle) = self.embedded {
+        if let Some((handle, _token)) = self.embedded {
             handle.shutdown().await;
         }
     }
@@ -73,20 +72,48 @@ pub(super) async fn upstream(config: &AgentConfig, run_dir: &Path) -> Result<Ups
     let handle = ControlPlane::start(control_config, prometheus::Registry::new())
         .await
         .map_err(|error| AgentError::ControlPlane(error.to_string()))?;
-    let (roots_file, token_file) = (run_dir.join(ROOTS_FILE), run_dir.join(TOKEN_FILE));
-    write_private(&roots_file, handle.roots_pem())?;
-    write_private(&token_file, &handle.node_token(&config.node.name))?;
+    let roots_file = run_dir.join(ROOTS_FILE);
+    write_roots(&roots_file, handle.roots_pem())?;
+    let token = PrivateFile::new(&handle.node_token(&config.node.name))?;
     Ok(Upstream {
         address: format!("https://{}", handle.address()),
         roots_file,
         server_name: None,
-        token_file: Some(token_file),
-        embedded: Some(handle),
+        token_file: Some(token.path()),
+        embedded: Some((handle, token)),
     })
 }
 
-fn write_private(path: &Path, text: &str) -> Result<(), AgentError> {
-    let mut options = fs::File::options();
+/// A file without a name, that only this process sees: an agent that takes over has another control plane, hence
+/// another token, and must not replace that of the one that runs.
+#[derive(Debug)]
+struct PrivateFile(File);
+
+impl PrivateFile {
+    fn new(text: &str) -> Result<Self, AgentError> {
+        let create = || {
+            let file = memfd_create("weft-token", MFdFlags::MFD_CLOEXEC)?;
+            let mut file = File::from(file);
+            file.write_all(text.as_bytes())?;
+            Ok(file)
+        };
+        create().map(Self).map_err(|source| AgentError::System {
+            what: "a file in memory for the token",
+            source,
+        })
+    }
+
+    fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
+    }
+}
+
+/// The authority outlives the agent, so the text is the same when an agent takes over from one that reads it.
+fn write_roots(path: &Path, text: &str) -> Result<(), AgentError> {
+    if fs::read_to_string(path).is_ok_and(|present| present == text) {
+        return Ok(());
+    }
+    let mut options = File::options();
     let mut file = options
         .write(true)
         .create(true)

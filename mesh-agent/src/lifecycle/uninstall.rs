@@ -1,6 +1,6 @@
 //! Removing what an agent left, without an agent.
 
-use super::{AgentError, records::Records, run_dir::RunDir};
+use super::{AgentError, handover::draining, records::Records, run_dir::RunDir};
 use crate::{
     capture::{
         kernel::{KernelConfig, remove_agent_cgroup, remove_node_pins},
@@ -12,10 +12,15 @@ use crate::{
 /// Removes programs, maps, links, rules, routes, sysctls, the agent's cgroup and the files in the run directory.
 ///
 /// # Errors
-/// When an agent is running, or the records cannot be read. What cannot be removed in a namespace is logged, and the
+/// When an agent is running or draining, or the records cannot be read. What cannot be removed in a namespace is logged, and the
 /// rest goes on.
 pub fn uninstall(config: &AgentConfig) -> Result<(), AgentError> {
     let run_dir = RunDir::open(&config.node.run_dir)?;
+    let draining = draining::list(run_dir.path());
+    if !draining.is_empty() {
+        let pids: Vec<String> = draining.iter().map(|one| one.pid.to_string()).collect();
+        return Err(AgentError::Draining(pids.join(", ")));
+    }
     let records = Records::new(&config.node.run_dir);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -56,5 +61,7 @@ pub(super) fn kernel_config(config: &AgentConfig) -> KernelConfig {
         cgroup_root: config.kernel.cgroup_root.clone(),
         bpffs_root: config.kernel.bpffs_root.clone(),
         node: config.node.name.clone(),
+        abi: config.kernel.abi,
+        flows_max: config.kernel.flows_max,
     }
 }

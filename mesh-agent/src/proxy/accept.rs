@@ -1,6 +1,13 @@
 //! Accepting: from a listener to the worker that will carry the connection.
 
-use std::{io, net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Instant};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::pin,
+    rc::Rc,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -13,16 +20,20 @@ use super::{
     limits::{ACCEPT_BACKOFF, ACCEPT_BATCH},
     outbound, relay,
     room::{Need, Refused},
+    served::Served,
     unmapped,
-    worker::{Admission, Served, Worker},
+    worker::{Admission, Worker},
 };
 use crate::telemetry::{CloseReason, ConnectionInfo, Direction, Limit, Party, Security};
 
 /// What a listener is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// Captured connections of the workload.
     Outbound,
+    /// Captured connections to the workload.
     Plaintext,
+    /// Tunnels to the workload.
     Tunnel,
 }
 
@@ -61,32 +72,58 @@ impl Accepted {
     }
 }
 
-/// Accepts until the workload is no longer served. Errors of the system are waited out, never spun on.
-pub(super) async fn listen(
-    worker: Rc<Worker>,
+/// Accepts on a task of its own until the workload is no longer served.
+pub(super) fn listen(
+    worker: &Rc<Worker>,
     listener: std::net::TcpListener,
     kind: Kind,
     served: Arc<Served>,
 ) {
     let listener = match TcpListener::from_std(listener) {
-        Ok(listener) => listener,
+        Ok(listener) => Rc::new(listener),
         Err(error) => {
             tracing::error!(%error, ?kind, workload = %served.local.name, "cannot watch a listener");
             return;
         }
     };
+    let mut listeners = worker.listeners.borrow_mut();
+    listeners.push((served.id, kind, listener.clone()));
+    drop(listeners);
+    let own = worker.clone();
+    worker.spawn(&served.local.clone(), async move {
+        accept_until_stopped(&own, &listener, kind, &served).await;
+        let mut listeners = own.listeners.borrow_mut();
+        listeners.retain(|(id, other, _)| (*id, *other) != (served.id, kind));
+    });
+}
+
+/// Errors of the system are waited out, never spun on.
+async fn accept_until_stopped(
+    worker: &Rc<Worker>,
+    listener: &TcpListener,
+    kind: Kind,
+    served: &Arc<Served>,
+) {
     let mut stopped = pin!(served.stop.cancelled());
     for accepted_before in 1_usize.. {
         if accepted_before.is_multiple_of(ACCEPT_BATCH) {
             yield_now().await;
         }
         let next = tokio::select! {
+            // First: once another agent accepts, what waits is for that one, which will be there longer.
+            biased;
             () = &mut stopped => return,
             next = listener.accept() => next,
         };
         match next {
-            Ok((socket, peer)) => accepted(&worker, &served, kind, socket, unmapped(peer)),
+            Ok((socket, peer)) => accepted(worker, served, kind, socket, unmapped(peer)),
             Err(error) if belongs_to_one_connection(&error) => {}
+            // It does not listen (any more), accept(2).
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                tracing::error!(?kind, workload = %served.local.name, "a listener was ended behind the agent's back");
+                served.lost_listener.store(true, Ordering::Release);
+                return stopped.await;
+            }
             Err(error) => {
                 worker.context.telemetry.limits.reached(Limit::Accept);
                 if let Some(held_back) = worker.accept_failures.line(Instant::now()) {
@@ -136,7 +173,7 @@ fn accepted(
     let accepted = Accepted::new(socket, peer, kind, admission);
     let handed_over = worker.shared.hand_over(index, accepted);
     if let Err(accepted) = handed_over {
-        adopt(worker, accepted);
+        adopt(worker, *accepted);
     }
 }
 
@@ -208,15 +245,15 @@ fn start(
         return;
     }
     let own = worker.clone();
-    let served = admission.served().clone();
+    let local = admission.served().local.clone();
     match kind {
-        Kind::Outbound => worker.spawn(&served, outbound::serve(own, socket, peer, admission)),
+        Kind::Outbound => worker.spawn(&local, outbound::serve(own, socket, peer, admission)),
         Kind::Plaintext => {
             worker.spawn(
-                &served,
+                &local,
                 inbound::serve_plaintext(own, socket, peer, admission),
             );
         }
-        Kind::Tunnel => worker.spawn(&served, inbound::serve_tunnel(own, socket, peer, admission)),
+        Kind::Tunnel => worker.spawn(&local, inbound::serve_tunnel(own, socket, peer, admission)),
     }
 }

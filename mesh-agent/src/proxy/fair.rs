@@ -122,11 +122,11 @@ impl Processor {
         })
     }
 
-    /// The flow of a workload.
+    /// The flow of a workload, named by the cookie of its network namespace.
     #[must_use]
-    pub fn flow(self: &Rc<Self>, workload: u64) -> Rc<Flow> {
+    pub fn flow(self: &Rc<Self>, cookie: u64) -> Rc<Flow> {
         let mut flows = self.flows.borrow_mut();
-        if let Some(flow) = flows.get(&workload) {
+        if let Some(flow) = flows.get(&cookie) {
             return flow.clone();
         }
         let flow = Rc::new(Flow {
@@ -138,7 +138,7 @@ impl Processor {
             round: Cell::new(self.round.get()),
             waiting: RefCell::default(),
         });
-        flows.insert(workload, flow.clone());
+        flows.insert(cookie, flow.clone());
         flow
     }
 

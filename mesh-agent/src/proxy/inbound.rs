@@ -25,13 +25,14 @@ use super::{
     registry::{Judged, Registered},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
     room::{Need, Refused},
+    served::Served,
     tunnel::{
         Incoming, TunnelError, TunnelServer, TunnelStream,
         headers::{BAGGAGE, TraceParent, baggage, forwarded_host},
         transport::{ReadAhead, accept_tls},
     },
     unmapped,
-    worker::{Admission, Served, Worker},
+    worker::{Admission, Worker},
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
@@ -287,7 +288,10 @@ async fn serve_streams(
         match next {
             Some(Ok(incoming)) => {
                 let (own, ends) = (worker.clone(), ends.clone());
-                worker.spawn(served, serve_connect(own, served.clone(), ends, incoming));
+                worker.spawn(
+                    &served.local,
+                    serve_connect(own, served.clone(), ends, incoming),
+                );
             }
             Some(Err(error)) => {
                 tracing::debug!(%error, peer = %ends.identity, "tunnel ended");

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use crate::config::ProxyConfig;
+use crate::config::AgentConfig;
 
 /// Limits of the data path. All counts are per node unless their name says otherwise. docs/limits.md lists them with
 /// their metrics and tests.
@@ -12,6 +12,9 @@ use crate::config::ProxyConfig;
 pub struct Limits {
     /// Connections, in and out, of one workload. One pod must not use up what the others need.
     pub connections_per_workload: u64,
+    /// Connections, in and out, of all workloads: no more than the kernel can record (`kernel.flowsMax`), because one
+    /// that it cannot record would not reach its application. Shared like descriptors.
+    pub connections_per_node: u64,
     /// Descriptors that connections, tunnels and listeners of all workloads may hold;
     /// [`Limits::for_this_process`] derives it from the descriptor limit. How they are shared: [`super::share`].
     pub descriptors: u64,
@@ -145,6 +148,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections_per_workload: 20_000,
+            connections_per_node: mesh_ebpf::FLOWS_MAX.into(),
             descriptors: 16_384,
             memory: MemoryLimits {
                 per_workload_bytes: 256 << 20,
@@ -177,12 +181,14 @@ impl Default for Limits {
 impl Limits {
     /// What is configured, with as many descriptors as the process may open.
     #[must_use]
-    pub fn for_this_process(config: &ProxyConfig) -> Self {
+    pub fn for_this_process(config: &AgentConfig) -> Self {
+        let proxy = &config.proxy;
         let mut limits = Self {
-            connections_per_workload: config.max_connections_per_workload,
+            connections_per_workload: proxy.max_connections_per_workload,
+            connections_per_node: u64::from(config.kernel.flows_max),
             memory: MemoryLimits {
-                per_workload_bytes: config.max_buffered_bytes_per_workload,
-                per_node_bytes: config.max_buffered_bytes,
+                per_workload_bytes: proxy.max_buffered_bytes_per_workload,
+                per_node_bytes: proxy.max_buffered_bytes,
             },
             ..Self::default()
         };
@@ -206,6 +212,13 @@ fn descriptors_of(process: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn there_are_no_more_connections_than_the_kernel_can_record() {
+        let mut config = AgentConfig::default();
+        config.kernel.flows_max = 100;
+        assert_eq!(Limits::for_this_process(&config).connections_per_node, 100);
+    }
 
     #[test]
     fn workloads_leave_the_reserved_descriptors_alone() {

@@ -20,6 +20,7 @@ pub mod balance;
 pub mod buffers;
 pub mod connect;
 pub mod fair;
+pub mod handover;
 pub mod inbound;
 pub mod limits;
 pub mod memory;
@@ -28,6 +29,7 @@ pub mod pool;
 pub mod registry;
 pub mod relay;
 pub mod room;
+mod served;
 pub mod share;
 mod sources;
 #[cfg(test)]
@@ -36,8 +38,9 @@ pub mod tunnel;
 pub mod worker;
 
 pub use limits::Limits;
+pub use served::ServeHandle;
 pub use tunnel::TunnelCodec;
-pub use worker::{ServeHandle, WorkerError, Workers};
+pub use worker::{WorkerError, Workers};
 
 /// Ports of the proxy itself inside a workload's namespace: never a destination of proxied traffic.
 pub const OWN_PORTS: [u16; 3] = [OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT];

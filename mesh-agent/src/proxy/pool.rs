@@ -309,6 +309,18 @@ impl<C: Connector> Pool<C> {
         });
     }
 
+    /// Keys that a new stream would find a tunnel for.
+    pub fn open_keys(&self) -> Vec<PoolKey> {
+        let entries = self.entries.borrow();
+        let open = entries.iter().filter(|(_, entry)| {
+            let tunnels = entry.tunnels.borrow();
+            tunnels
+                .iter()
+                .any(|slot| slot.tunnel.is_open() && !slot.retired.get())
+        });
+        open.map(|(key, _)| key.clone()).collect()
+    }
+
     /// Tunnels that are there.
     #[must_use]
     pub fn len(&self) -> usize {

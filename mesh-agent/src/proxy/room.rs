@@ -1,9 +1,6 @@
 //! Room for connections: what is counted against the limits of a workload and of the node before anything is begun.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
+use std::sync::{Arc, atomic::Ordering};
 
 use super::{
     limits::Limits,
@@ -52,19 +49,22 @@ pub struct Room {
     limits: Arc<Limits>,
     telemetry: Arc<Telemetry>,
     descriptors: Arc<Budget>,
+    connections: Arc<Budget>,
 }
 
 impl Room {
     /// As much as `limits` say.
     #[must_use]
     pub fn new(limits: Arc<Limits>, telemetry: Arc<Telemetry>) -> Self {
-        let descriptors = Budget::new(limits.descriptors);
+        let descriptors = Budget::new(limits.descriptors, |holder| &holder.descriptors);
+        let connections = Budget::new(limits.connections_per_node, |holder| &holder.connections);
         let total = i64::try_from(limits.descriptors).unwrap_or(i64::MAX);
         telemetry.limits.descriptors.set(total);
         Self {
             limits,
             telemetry,
             descriptors,
+            connections,
         }
     }
 
@@ -80,32 +80,38 @@ impl Room {
     /// # Errors
     /// Which limit leaves none.
     pub fn enter(self: &Arc<Self>, local: &LocalWorkload, need: Need) -> Result<Place, Refused> {
-        let counted = match need {
-            Need::Connection | Need::Stream => Some((
-                Counted::Connection,
-                self.limits.connections_per_workload,
-                Limit::ConnectionsPerWorkload,
-            )),
-            Need::OutboundTunnel => Some((
-                Counted::OutboundTunnel,
-                self.limits.tunnel.outbound_per_workload,
-                Limit::TunnelsPerWorkload,
-            )),
-            Need::InboundTunnel => None,
+        let connection = match need {
+            Need::Connection | Need::Stream => Some(self.connection(local)?),
+            Need::InboundTunnel | Need::OutboundTunnel => None,
         };
-        let mut count = None;
-        if let Some((counted, most, limit)) = counted {
-            let one = Count::new(&local.holds, counted);
-            if one.cell().load(Ordering::Relaxed) > most {
-                return Err(self.refuse(local, limit));
-            }
-            count = Some(one);
-        }
+        let tunnel = match need {
+            Need::OutboundTunnel => Some(self.outbound_tunnel(local)?),
+            Need::Connection | Need::Stream | Need::InboundTunnel => None,
+        };
         match self.descriptors.take(&local.holds, need.descriptors()) {
-            Ok(held) => Ok(self.place(held, count)),
+            Ok(held) => Ok(self.place(held, connection, tunnel)),
             Err(Scarce::Exhausted) => Err(self.refuse(local, Limit::Descriptors)),
             Err(Scarce::OverShare) => Err(self.refuse(local, Limit::DescriptorShare)),
         }
+    }
+
+    fn connection(&self, local: &LocalWorkload) -> Result<Held, Refused> {
+        let held = self.connections.take(&local.holds, 1);
+        let held = held.map_err(|_| self.refuse(local, Limit::ConnectionsPerNode))?;
+        let open = local.holds.connections.load(Ordering::Relaxed);
+        if open > self.limits.connections_per_workload {
+            return Err(self.refuse(local, Limit::ConnectionsPerWorkload));
+        }
+        Ok(held)
+    }
+
+    fn outbound_tunnel(&self, local: &LocalWorkload) -> Result<OutboundTunnel, Refused> {
+        let one = OutboundTunnel::new(&local.holds);
+        let open = local.holds.outbound_tunnels.load(Ordering::Relaxed);
+        if open > self.limits.tunnel.outbound_per_workload {
+            return Err(self.refuse(local, Limit::TunnelsPerWorkload));
+        }
+        Ok(one)
     }
 
     /// What an enrolled workload holds whether or not it has connections.
@@ -114,14 +120,20 @@ impl Room {
         let held = self
             .descriptors
             .take_anyway(&local.holds, DESCRIPTORS_PER_WORKLOAD);
-        self.place(held, None)
+        self.place(held, None, None)
     }
 
-    fn place(self: &Arc<Self>, held: Held, count: Option<Count>) -> Place {
+    fn place(
+        self: &Arc<Self>,
+        descriptors: Held,
+        connection: Option<Held>,
+        tunnel: Option<OutboundTunnel>,
+    ) -> Place {
         self.publish();
         Place {
-            held: Some(held),
-            _count: count,
+            descriptors: Some(descriptors),
+            _connection: connection,
+            _tunnel: tunnel,
             room: self.clone(),
         }
     }
@@ -132,55 +144,36 @@ impl Room {
     }
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Counted {
-    Connection,
-    OutboundTunnel,
-}
-
-/// One of a workload's.
+/// One of a workload's tunnels to peers.
 #[derive(Debug)]
-struct Count {
-    holder: Arc<Holdings>,
-    counted: Counted,
-}
+struct OutboundTunnel(Arc<Holdings>);
 
-impl Count {
-    fn new(holder: &Arc<Holdings>, counted: Counted) -> Self {
-        let one = Self {
-            holder: holder.clone(),
-            counted,
-        };
-        one.cell().fetch_add(1, Ordering::Relaxed);
-        one
-    }
-
-    fn cell(&self) -> &AtomicU64 {
-        match self.counted {
-            Counted::Connection => &self.holder.connections,
-            Counted::OutboundTunnel => &self.holder.outbound_tunnels,
-        }
+impl OutboundTunnel {
+    fn new(holder: &Arc<Holdings>) -> Self {
+        holder.outbound_tunnels.fetch_add(1, Ordering::Relaxed);
+        Self(holder.clone())
     }
 }
 
-impl Drop for Count {
+impl Drop for OutboundTunnel {
     fn drop(&mut self) {
-        self.cell().fetch_sub(1, Ordering::Relaxed);
+        self.0.outbound_tunnels.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// Room that was given; dropped, it is free again.
 #[derive(Debug)]
 pub struct Place {
-    held: Option<Held>,
-    _count: Option<Count>,
+    descriptors: Option<Held>,
+    _connection: Option<Held>,
+    _tunnel: Option<OutboundTunnel>,
     room: Arc<Room>,
 }
 
 impl Place {
     /// The connection goes on as a stream of a tunnel: it needs its own socket only.
     pub fn tunnelled(&mut self) {
-        if let Some(held) = &mut self.held {
+        if let Some(held) = &mut self.descriptors {
             held.keep(Need::Stream.descriptors());
         }
     }
@@ -188,7 +181,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.held = None;
+        self.descriptors = None;
         self.room.publish();
     }
 }
@@ -264,6 +257,19 @@ mod tests {
             .collect();
         assert!(neighbours.len() >= 3, "{}", neighbours.len());
         assert!(telemetry.render().contains("weft_descriptors 80"));
+    }
+
+    #[test]
+    fn a_storm_leaves_room_in_the_kernels_records_to_neighbours() {
+        let (room, telemetry) = room(|limits| limits.connections_per_node = 80);
+        let (noisy, quiet) = (local("noisy"), local("quiet"));
+        let held: Vec<_> = (0..80)
+            .map_while(|_| room.enter(&noisy, Need::Stream).ok())
+            .collect();
+        assert_eq!(held.len(), 70);
+        assert!(reached(&telemetry, Limit::ConnectionsPerNode));
+        assert!(room.enter(&noisy, Need::OutboundTunnel).is_ok());
+        assert!(room.enter(&quiet, Need::Stream).is_ok());
     }
 
     #[test]

@@ -43,19 +43,22 @@ pub fn admits(total: u64, used: u64, own: u64, amount: u64) -> Result<(), Scarce
     }
 }
 
-/// Descriptors of the node, shared by all workers.
+/// Something that the node has once, shared by all workers.
 #[derive(Debug)]
 pub struct Budget {
     total: u64,
+    /// Where a workload's part of it is counted.
+    account: fn(&Holdings) -> &AtomicU64,
     used: AtomicU64,
 }
 
 impl Budget {
-    /// A budget of `total`, nothing of it used.
+    /// A budget of `total`, nothing of it used; each workload's part is counted in its `account`.
     #[must_use]
-    pub fn new(total: u64) -> Arc<Self> {
+    pub fn new(total: u64, account: fn(&Holdings) -> &AtomicU64) -> Arc<Self> {
         Arc::new(Self {
             total,
+            account,
             used: AtomicU64::new(0),
         })
     }
@@ -80,10 +83,8 @@ impl Budget {
         // Counted first: two workers that ask at once must not both get the last.
         let held = self.take_anyway(holder, amount);
         let used = self.used().saturating_sub(amount);
-        let own = holder
-            .descriptors
-            .load(Ordering::Relaxed)
-            .saturating_sub(amount);
+        let own = (self.account)(holder).load(Ordering::Relaxed);
+        let own = own.saturating_sub(amount);
         admits(self.total, used, own, amount).map(|()| held)
     }
 
@@ -91,7 +92,7 @@ impl Budget {
     #[must_use]
     pub fn take_anyway(self: &Arc<Self>, holder: &Arc<Holdings>, amount: u64) -> Held {
         self.used.fetch_add(amount, Ordering::Relaxed);
-        holder.descriptors.fetch_add(amount, Ordering::Relaxed);
+        (self.account)(holder).fetch_add(amount, Ordering::Relaxed);
         Held {
             budget: self.clone(),
             holder: holder.clone(),
@@ -114,7 +115,7 @@ impl Held {
         let back = self.amount.saturating_sub(amount);
         self.amount -= back;
         self.budget.used.fetch_sub(back, Ordering::Relaxed);
-        self.holder.descriptors.fetch_sub(back, Ordering::Relaxed);
+        (self.budget.account)(&self.holder).fetch_sub(back, Ordering::Relaxed);
     }
 }
 
@@ -144,6 +145,10 @@ mod tests {
         assert_eq!(admits(800, 900, 0, 1), Err(Scarce::Exhausted), "beyond it");
     }
 
+    fn budget(total: u64) -> Arc<Budget> {
+        Budget::new(total, |holder| &holder.descriptors)
+    }
+
     /// Lets every storm take what it can get, one after the other, and returns what each got.
     fn storms(budget: &Arc<Budget>, count: usize) -> (Vec<u64>, Vec<Held>) {
         let mut held = Vec::new();
@@ -160,7 +165,7 @@ mod tests {
 
     #[test]
     fn however_many_storms_come_one_after_the_other_something_is_left_for_a_quiet_workload() {
-        let budget = Budget::new(16_000);
+        let budget = budget(16_000);
         let (got, _held) = storms(&budget, 4);
         assert_eq!(got, [14_000, 1_000, 500, 250]);
         let quiet = Arc::new(Holdings::default());
@@ -170,7 +175,7 @@ mod tests {
 
     #[test]
     fn storms_that_take_turns_get_the_same() {
-        let budget = Budget::new(16_000);
+        let budget = budget(16_000);
         let holders: Vec<_> = (0..4).map(|_| Arc::new(Holdings::default())).collect();
         let mut held = Vec::new();
         loop {
@@ -193,7 +198,7 @@ mod tests {
 
     #[test]
     fn what_is_refused_or_dropped_leaves_no_trace() {
-        let budget = Budget::new(10);
+        let budget = budget(10);
         let holder = Arc::new(Holdings::default());
         assert_eq!(budget.take(&holder, 11).map(drop), Err(Scarce::Exhausted));
         assert_eq!(budget.used(), 0);
@@ -214,7 +219,7 @@ mod tests {
 
     #[test]
     fn what_exists_already_counts_even_without_room() {
-        let budget = Budget::new(2);
+        let budget = budget(2);
         let holder = Arc::new(Holdings::default());
         let _listeners = budget.take_anyway(&holder, 4);
         assert_eq!(budget.take(&holder, 1).map(drop), Err(Scarce::Exhausted));

@@ -9,7 +9,7 @@ use std::{
     rc::Rc,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
@@ -21,7 +21,7 @@ use prometheus::IntCounter;
 use tokio::{
     sync::{Notify, mpsc},
     task::LocalSet,
-    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -29,16 +29,18 @@ use super::{
     ProxyContext,
     accept::{self, Accepted, Kind},
     balance::{BalanceLimits, Balancer},
-    connect::Dialer,
+    connect::{Dialer, Source},
     fair::{Fair, Processor},
+    handover::{HeldTunnel, Lent, Shown},
     limits::{
         FAILURE_LINES, HANDOVER_QUEUE, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
         RESTART_PAUSE, SWEEP_INTERVAL,
     },
     memory::{Far, Memory, Stalls},
-    pool::Pool,
+    pool::{Pool, PoolKey},
     registry::Registry,
     room::{Need, Place, Refused, Room},
+    served::{ServeHandle, Served, wait_zero},
     sources::Counts,
 };
 use crate::{
@@ -48,7 +50,7 @@ use crate::{
 };
 
 /// After the drain deadline connections are told to end; this is how long they have for it.
-const FORCED_CLOSE_WAIT: Duration = Duration::from_secs(1);
+pub(super) const FORCED_CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 /// Why workers cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +61,15 @@ pub enum WorkerError {
     /// A worker has ended or is hopelessly behind with its orders.
     #[error("worker {0} takes no orders")]
     NoOrders(usize),
+    /// A worker is hopelessly busy.
+    #[error("a worker did not answer within {0:?}")]
+    Silent(Duration),
+    /// A listener cannot be copied. Look at the limit of descriptors.
+    #[error("cannot copy a listener: {0}")]
+    Lend(#[source] std::io::Error),
+    /// A listener could not be watched when its workload was enrolled; the log of that time says why.
+    #[error("a workload has no {0:?} listener")]
+    NoListener(Kind),
 }
 
 /// All workers. Cheap to clone; the threads end when the last clone is dropped.
@@ -95,7 +106,7 @@ struct Mailbox {
 }
 
 #[derive(Debug)]
-enum Order {
+pub(super) enum Order {
     Listen {
         listener: TcpListener,
         kind: Kind,
@@ -105,19 +116,17 @@ enum Order {
         served: Option<u64>,
         reason: CloseReason,
     },
+    /// Give copies of all listeners.
+    Lend(mpsc::Sender<Vec<Result<Lent, WorkerError>>>),
+    /// Tell which tunnels are open.
+    Tunnels(mpsc::Sender<Vec<HeldTunnel>>),
+    /// Have a tunnel open.
+    Warm {
+        key: Box<PoolKey>,
+        source: Box<Source>,
+        done: mpsc::Sender<bool>,
+    },
     Exit,
-}
-
-/// A workload whose listeners are served.
-#[derive(Debug)]
-pub(super) struct Served {
-    pub id: u64,
-    pub local: Arc<LocalWorkload>,
-    /// Accept no more; tunnels say GOAWAY.
-    pub stop: CancellationToken,
-    live: AtomicUsize,
-    empty: Notify,
-    _listeners: Place,
 }
 
 impl Workers {
@@ -187,6 +196,7 @@ impl Workers {
             id: self.inner.next_served.fetch_add(1, Ordering::Relaxed),
             local,
             stop: self.inner.stop.child_token(),
+            lost_listener: AtomicBool::new(false),
             live: AtomicUsize::new(0),
             empty: Notify::new(),
             _listeners: listening,
@@ -224,7 +234,7 @@ impl Workers {
     pub async fn drain(&self, deadline: Duration) -> usize {
         self.inner.stop.cancel();
         self.inner.shared.wait_empty(deadline).await;
-        let left = self.inner.shared.total.load(Ordering::Acquire);
+        let left = self.live();
         if left > 0 {
             self.inner.shared.close(None, CloseReason::Drained);
             self.inner.shared.wait_empty(FORCED_CLOSE_WAIT).await;
@@ -247,6 +257,21 @@ impl Workers {
                 tracing::error!("a worker thread had panicked");
             }
         }
+    }
+
+    /// How many there are; at least one.
+    pub(super) fn count(&self) -> usize {
+        self.inner.shared.mailboxes.len()
+    }
+
+    pub(super) fn order(&self, index: usize, order: Order) -> Result<(), WorkerError> {
+        self.inner.shared.order(index, order)
+    }
+
+    /// Connections and tunnels that were accepted and have not ended.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        self.inner.shared.total.load(Ordering::Acquire)
     }
 
     /// Connections and streams on each worker now.
@@ -276,60 +301,6 @@ impl Drop for Inner {
     }
 }
 
-/// Keeps one workload served. Dropped, it stops accepting; connections that are open go on.
-#[derive(Debug)]
-pub struct ServeHandle {
-    served: Arc<Served>,
-    shared: Arc<Shared>,
-}
-
-impl ServeHandle {
-    /// Stops accepting and closes the listeners; tunnels take no more streams; what is open goes on.
-    pub fn stop(&self) {
-        self.served.stop.cancel();
-    }
-
-    /// Connections open now, tunnels included.
-    #[must_use]
-    pub fn live(&self) -> usize {
-        self.served.live.load(Ordering::Acquire)
-    }
-
-    /// Stops accepting, lets connections finish until `deadline` has passed, then closes the rest. Returns how many
-    /// had to be closed.
-    pub async fn drain(self, deadline: Duration) -> usize {
-        self.stop();
-        wait_zero(&self.served.live, &self.served.empty, deadline).await;
-        let left = self.live();
-        if left > 0 {
-            self.shared
-                .close(Some(self.served.id), CloseReason::Drained);
-            wait_zero(&self.served.live, &self.served.empty, FORCED_CLOSE_WAIT).await;
-        }
-        left
-    }
-}
-
-impl Drop for ServeHandle {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-async fn wait_zero(count: &AtomicUsize, empty: &Notify, limit: Duration) {
-    // At the limit the caller looks at the count itself.
-    let _ = timeout(limit, async {
-        loop {
-            let notified = empty.notified();
-            if count.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            notified.await;
-        }
-    })
-    .await;
-}
-
 impl Shared {
     fn order(&self, index: usize, order: Order) -> Result<(), WorkerError> {
         let mailbox = self
@@ -342,7 +313,7 @@ impl Shared {
         })
     }
 
-    fn close(&self, served: Option<u64>, reason: CloseReason) {
+    pub fn close(&self, served: Option<u64>, reason: CloseReason) {
         for index in 0..self.mailboxes.len() {
             if let Err(error) = self.order(index, Order::Close { served, reason }) {
                 tracing::error!(%error, "cannot close connections");
@@ -364,9 +335,9 @@ impl Shared {
     }
 
     /// Hands a socket to another worker; gives it back when that one's queue is full.
-    pub fn hand_over(&self, index: usize, accepted: Accepted) -> Result<(), Accepted> {
+    pub fn hand_over(&self, index: usize, accepted: Accepted) -> Result<(), Box<Accepted>> {
         let Some(mailbox) = self.mailboxes.get(index) else {
-            return Err(accepted);
+            return Err(accepted.into());
         };
         mailbox
             .sockets
@@ -374,9 +345,9 @@ impl Shared {
             .map_err(|error| match error {
                 mpsc::error::TrySendError::Full(accepted) => {
                     self.telemetry.limits.reached(Limit::HandoverQueue);
-                    accepted
+                    accepted.into()
                 }
-                mpsc::error::TrySendError::Closed(accepted) => accepted,
+                mpsc::error::TrySendError::Closed(accepted) => accepted.into(),
             })
     }
 
@@ -466,6 +437,7 @@ pub(super) struct Worker {
     pub pool: Rc<Pool<Dialer>>,
     pub registry: Rc<Registry>,
     pub processor: Rc<Processor>,
+    pub listeners: Shown,
     pub balancer: RefCell<Balancer>,
     /// In flight, by source address and by workload ([`Served::id`]).
     pub handshakes: (Counts<IpAddr>, Counts<u64>),
@@ -476,7 +448,7 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Runs a connection of a workload as a task of its own; a panic costs that connection only.
-    pub fn spawn(&self, served: &Served, connection: impl Future<Output = ()> + 'static) {
+    pub fn spawn(&self, local: &LocalWorkload, connection: impl Future<Output = ()> + 'static) {
         let telemetry = self.context.telemetry.clone();
         let contained = AssertUnwindSafe(connection).catch_unwind().map(move |end| {
             if end.is_err() {
@@ -484,7 +456,7 @@ impl Worker {
                 tracing::error!("a connection ended in a panic");
             }
         });
-        let flow = self.processor.flow(served.id);
+        let flow = self.processor.flow(local.cookie().0);
         tokio::task::spawn_local(Fair::new(flow, contained));
     }
 }
@@ -502,6 +474,7 @@ async fn run(
         pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
         registry: Rc::new(Registry::default()),
         processor: Processor::new(context.telemetry.agent.waits.clone()),
+        listeners: Shown::default(),
         balancer: RefCell::new(Balancer::new(rand::random(), BalanceLimits::default())),
         handshakes: Default::default(),
         tunnels: Counts::default(),
@@ -528,10 +501,12 @@ async fn run(
             Some(accepted) = sockets.recv() => accept::adopt(&worker, accepted),
             order = orders.recv() => match order {
                 Some(Order::Listen { listener, kind, served }) => {
-                    let own = worker.clone();
-                    worker.spawn(&served.clone(), accept::listen(own, listener, kind, served));
+                    accept::listen(&worker, listener, kind, served);
                 }
                 Some(Order::Close { served, reason }) => worker.registry.close(served, reason),
+                Some(Order::Lend(answers)) => worker.lend(&answers),
+                Some(Order::Tunnels(answers)) => worker.tell_tunnels(&answers),
+                Some(Order::Warm { key, source, done }) => worker.warm(key, source, done),
                 Some(Order::Exit) | None => return,
             },
         }

@@ -14,8 +14,11 @@ use std::{
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_TEST_RUN: libc::c_int = 10;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
+/// enum bpf_link_type
+const BPF_LINK_TYPE_NETNS: u32 = 5;
 
 /// Where a program is attached (enum bpf_attach_type).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +75,48 @@ struct TestRun {
     ctx_size_out: u32,
     ctx_in: u64,
     ctx_out: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GetInfo {
+    bpf_fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// The beginning of `struct bpf_prog_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+}
+
+/// The beginning of `struct bpf_link_info`, with its part for cgroups and namespaces.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct RawLinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    padding: u32,
+    /// `cgroup.cgroup_id`, or `netns.netns_ino` and `netns.attach_type`.
+    target: [u32; 2],
+    /// `cgroup.attach_type`.
+    attach_type: u32,
+    padding_2: u32,
+}
+
+/// What a link is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Number of its program.
+    pub program: u32,
+    /// Inode of the cgroup or of the namespace; 0 once the link was detached or its target has gone.
+    pub place: u64,
+    /// The hook there: an [`AttachType`], or one that is none of ours.
+    pub attach_type: u32,
 }
 
 /// Attaches a program to a cgroup or a network namespace; the attachment lives as long as the link does.
@@ -136,6 +181,48 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let fd = bpf(BPF_OBJ_GET, &mut attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Looks at a link.
+///
+/// # Errors
+/// `EINVAL` when it is none.
+pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    let info: RawLinkInfo = info_of(link)?;
+    let [first, second] = info.target;
+    let (place, attach_type) = match info.kind {
+        BPF_LINK_TYPE_NETNS => (first.into(), second),
+        _ => {
+            let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
+            let cgroup_id = u64::from_ne_bytes([a, b, c, d, e, f, g, h]);
+            (cgroup_id, info.attach_type)
+        }
+    };
+    Ok(LinkInfo {
+        program: info.program,
+        place,
+        attach_type,
+    })
+}
+
+/// Number of a loaded program.
+///
+/// # Errors
+/// `EINVAL` when it is none.
+pub fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    info_of::<ProgramInfo>(program).map(|info| info.id)
+}
+
+/// The kernel writes as much of its structure as `T` has room for (kernel/bpf/syscall.c, `bpf_obj_get_info_by_fd`).
+fn info_of<T: Copy + Default>(object: BorrowedFd<'_>) -> io::Result<T> {
+    let mut info = T::default();
+    let mut attr = GetInfo {
+        bpf_fd: raw(object),
+        info_len: size_of::<T>() as u32,
+        info: (&raw mut info) as u64,
+    };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    Ok(info)
 }
 
 /// Runs a program once on a hand-made context (`BPF_PROG_TEST_RUN`) and gives its return value.

@@ -1,4 +1,5 @@
-//! `SOCK_DESTROY` of the kernel's socket diagnostics: ends a TCP connection of somebody else's socket with RST.
+//! The kernel's socket diagnostics: whether a TCP connection is there, and `SOCK_DESTROY`, which ends one of somebody
+//! else's socket with RST.
 
 use std::{
     io,
@@ -52,6 +53,24 @@ pub fn destroy_tcp(netns: &Netns, local: SocketAddr, remote: SocketAddr) -> io::
         Some(code) => Err(io::Error::from_raw_os_error(-code)),
         None => Err(not_understood()),
     }
+}
+
+/// Whether each of these connections (local end, remote end) has a socket in the namespace, in whatever state.
+///
+/// # Errors
+/// Those of the kernel: `EPERM`, or no sock_diag at all.
+pub fn have_sockets(
+    netns: &Netns,
+    connections: impl IntoIterator<Item = (SocketAddr, SocketAddr)>,
+) -> io::Result<Vec<bool>> {
+    let socket = netns.run(|| Socket::new(NETLINK_SOCK_DIAG))??;
+    socket.connect(&NetlinkAddr::new(0, 0))?;
+    let has_socket = |(local, remote)| {
+        let ends = Ends { local, remote };
+        let query = ends.request(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, ANY_SOCKET);
+        Ok(ends.connection(&ask(&socket, &query)?)?.is_some())
+    };
+    connections.into_iter().map(has_socket).collect()
 }
 
 fn ask(socket: &Socket, request: &[u8]) -> io::Result<Vec<u8>> {

@@ -16,6 +16,14 @@ pub fn monotonic_ns() -> u64 {
     })
 }
 
+/// Whether a filter of system calls answers this question to prctl(2) with `EPERM`.
+#[must_use]
+pub fn is_refused(option: i32, argument: u64) -> bool {
+    // SAFETY: the arguments are numbers; an option that the kernel does not know does nothing (kernel/sys.c).
+    let result = unsafe { libc::prctl(option, argument, 0, 0, 0) };
+    result == -1 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
+}
+
 /// Lets the runtime wait for a descriptor that `owner` owns.
 ///
 /// # Errors

@@ -76,6 +76,12 @@ impl Netns {
         self.cookie
     }
 
+    /// Its inode, by which links to it are known; 0 when the kernel does not tell.
+    #[must_use]
+    pub fn inode(&self) -> u64 {
+        nix::sys::stat::fstat(&self.file).map_or(0, |stat| stat.st_ino)
+    }
+
     /// Whether the path still names this namespace: its name is removed or given to another one when a pod is deleted,
     /// while our descriptor keeps the namespace itself alive.
     #[must_use]

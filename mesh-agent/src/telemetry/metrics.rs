@@ -114,6 +114,8 @@ pub struct AgentMetrics {
     pub panics: IntCounter,
     /// Tasks of busy workloads that let others go first.
     pub waits: IntCounter,
+    draining: IntGauge,
+    draining_connections: IntGauge,
 }
 
 impl AgentMetrics {
@@ -141,7 +143,24 @@ impl AgentMetrics {
                 "weft_agent_turns_waited_total",
                 "Tasks of busy workloads that let others go first",
             ),
+            draining: gauge(
+                registry,
+                "weft_draining_agents",
+                "Replaced agents of this node that still serve connections",
+            ),
+            draining_connections: gauge(
+                registry,
+                "weft_draining_connections",
+                "Connections and tunnels that replaced agents of this node still serve",
+            ),
         }
+    }
+
+    /// What agents that this one has replaced still do.
+    pub fn set_draining(&self, agents: usize, connections: u64) {
+        self.draining.set(i64::try_from(agents).unwrap_or(i64::MAX));
+        self.draining_connections
+            .set(i64::try_from(connections).unwrap_or(i64::MAX));
     }
 }
 
@@ -235,6 +254,8 @@ impl CertificateMetrics {
 pub enum Limit {
     /// The system has no descriptors or memory for another accepted socket.
     Accept,
+    /// Connections of the node: few or none are left, and the workload holds more than that.
+    ConnectionsPerNode,
     /// Descriptors of the node: none is left.
     Descriptors,
     /// Descriptors of the node: few are left, and the workload holds more than that.
@@ -267,8 +288,9 @@ pub enum Limit {
 
 impl Limit {
     /// Every limit.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Accept,
+        Self::ConnectionsPerNode,
         Self::Descriptors,
         Self::DescriptorShare,
         Self::ConnectionsPerWorkload,
@@ -290,6 +312,7 @@ impl Limit {
     pub fn name(self) -> &'static str {
         match self {
             Self::Accept => "accept",
+            Self::ConnectionsPerNode => "connections_per_node",
             Self::Descriptors => "descriptors",
             Self::DescriptorShare => "descriptor_share",
             Self::ConnectionsPerWorkload => "connections_per_workload",

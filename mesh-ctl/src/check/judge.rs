@@ -542,6 +542,7 @@ mod tests {
             }],
             pending: pending.iter().map(ToString::to_string).collect(),
             confinement: None,
+            draining: Vec::new(),
         };
         Ok(Answer {
             response: Response::Status(Box::new(status)),

@@ -63,7 +63,7 @@ async fn lab() -> Lab {
         pending: Mutex::default(),
         filter: Mutex::new("info".to_owned()),
     });
-    tokio::spawn(servers.serve(state.clone()));
+    tokio::spawn(servers.serve(state.clone(), CancellationToken::new()));
     Lab { at, state }
 }
 

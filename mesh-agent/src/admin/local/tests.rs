@@ -32,7 +32,7 @@ impl Lab {
     fn start() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let server = LocalServer::bind(folder.path()).expect("bound");
-        tokio::spawn(server.serve(Arc::new(Echo)));
+        tokio::spawn(server.serve(Arc::new(Echo), CancellationToken::new()));
         Self { folder }
     }
 

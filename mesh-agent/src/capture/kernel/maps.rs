@@ -1,7 +1,7 @@
 //! What the agent reads and writes in the maps of its programs.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     os::fd::AsRawFd,
     sync::PoisonError,
@@ -13,7 +13,7 @@ use mesh_ebpf::{
     Workload,
 };
 
-use super::{Kernel, address};
+use super::{Kernel, Maps, address};
 use crate::{
     capture::{CaptureError, Listeners},
     sys::netns::NetnsCookie,
@@ -156,11 +156,17 @@ impl Kernel {
         addresses.all(|ip| maps.addresses.get(&address(*ip), 0).ok() == Some(workload))
     }
 
-    /// Whether the programs find all three listeners. Only the keys can be read: the values are sockets.
-    pub(in crate::capture) fn has_listeners(&self, cookie: NetnsCookie) -> bool {
-        let maps = self.lock();
-        let keys = maps.listeners.keys().flatten();
-        keys.filter(|key| key.cookie == cookie.0).count() == CLASSES.len()
+    /// Namespaces all listeners of which the programs find. Only the keys can be read, one after the other: the values
+    /// are sockets.
+    pub(in crate::capture) fn listening(&self) -> HashSet<NetnsCookie> {
+        let mut found: HashMap<u64, usize> = HashMap::new();
+        for key in self.lock().listeners.keys().flatten() {
+            *found.entry(key.cookie).or_default() += 1;
+        }
+        let whole = found
+            .into_iter()
+            .filter(|(_, listeners)| *listeners == CLASSES.len());
+        whole.map(|(cookie, _)| NetnsCookie(cookie)).collect()
     }
 
     /// Voids all verdicts of other generations.
@@ -200,9 +206,27 @@ impl Kernel {
         self.lock().flows.iter().flatten().collect()
     }
 
+    /// Connections of agents to applications.
+    pub(in crate::capture) fn agent_flows(&self) -> Vec<(FlowKey, Flow)> {
+        self.lock().agent_flows.iter().flatten().collect()
+    }
+
     /// Forgets a flow that was destroyed.
     pub(in crate::capture) fn forget_flow(&self, key: &FlowKey) {
         report("FLOWS", self.lock().flows.remove(key));
+    }
+
+    /// Forgets a connection that has ended, unless another one has its ends by now.
+    pub(in crate::capture) fn forget_ended(&self, key: &FlowKey, flow: &Flow) {
+        let mut maps = self.lock();
+        let Maps {
+            flows, agent_flows, ..
+        } = &mut *maps;
+        for (name, map) in [("FLOWS", flows), ("AGENT_FLOWS", agent_flows)] {
+            if map.get(key, 0).ok().as_ref() == Some(flow) {
+                report(name, map.remove(key));
+            }
+        }
     }
 
     /// What same-node edges did since they were first seen.

@@ -135,6 +135,7 @@ impl Lab {
             cluster: "c1".to_owned(),
             network: String::new(),
             snapshot_file: Some(self.path("snapshot")),
+            writes_snapshot: Arc::new(true.into()),
         }
     }
 

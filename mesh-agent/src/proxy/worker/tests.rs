@@ -48,6 +48,7 @@ async fn queues_that_are_full_are_told() {
         _listeners: shared.room.enrol(&local),
         local,
         stop: CancellationToken::new(),
+        lost_listener: AtomicBool::new(false),
         live: AtomicUsize::new(0),
         empty: Notify::new(),
     });

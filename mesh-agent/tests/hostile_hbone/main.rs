@@ -2,10 +2,10 @@
 //! description alone, with a certificate of the mesh. Needs root.
 
 mod attacks;
-mod floods;
 mod interop;
 mod peer;
 mod raw;
+mod silence;
 
 use std::{future::Future, net::SocketAddr, path::Path};
 

@@ -11,7 +11,10 @@ use std::{
 use mesh_api::{identity::Identity, local::Enrolment};
 use serde::{Deserialize, Serialize};
 
-use crate::proxy::limits::{Limits, STREAM_WINDOW_BYTES};
+use crate::proxy::{
+    TunnelCodec,
+    limits::{Limits, STREAM_WINDOW_BYTES},
+};
 
 /// Largest configuration file read, in bytes: thousands of workloads fit, a wrong file (a log, a disk) does not.
 pub const FILE_MAX_BYTES: u64 = 4 << 20;
@@ -147,6 +150,9 @@ pub struct ProxyConfig {
     pub upgrade_drain_seconds: u64,
     /// Lifetime to ask certificates for, in seconds.
     pub certificate_lifetime_seconds: u64,
+    /// Which implementation of HTTP/2 writes the tunnels: `native`, our own, or `h2`, the crate. Both speak the same
+    /// protocol; peers need not agree.
+    pub tunnel_codec: TunnelCodec,
     /// Connections, in and out, of one workload.
     pub max_connections_per_workload: u64,
     /// Bytes that may wait for the slow readers of one workload.
@@ -173,6 +179,7 @@ impl Default for ProxyConfig {
             // An hour: long downloads and the like end by themselves. The process that waits costs its memory only.
             upgrade_drain_seconds: 60 * 60,
             certificate_lifetime_seconds: 24 * 60 * 60,
+            tunnel_codec: TunnelCodec::default(),
             max_connections_per_workload: limits.connections_per_workload,
             max_buffered_bytes_per_workload: limits.memory.per_workload_bytes,
             max_buffered_bytes: limits.memory.per_node_bytes,

@@ -10,7 +10,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mesh_agent::{config::AgentConfig, lifecycle, sys, telemetry::logging};
+use mesh_agent::{config::AgentConfig, lifecycle, proxy::TunnelCodec, sys, telemetry::logging};
 
 // Long-lived process with many small, short-lived buffers: glibc's allocator keeps what it got.
 #[global_allocator]
@@ -41,6 +41,24 @@ impl From<LogFormat> for logging::Format {
         match format {
             LogFormat::Text => Self::Text,
             LogFormat::Json => Self::Json,
+        }
+    }
+}
+
+/// Implementations of the tunnels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Codec {
+    /// Our own.
+    Native,
+    /// The `h2` crate.
+    H2,
+}
+
+impl From<Codec> for TunnelCodec {
+    fn from(codec: Codec) -> Self {
+        match codec {
+            Codec::Native => Self::Native,
+            Codec::H2 => Self::H2,
         }
     }
 }
@@ -103,6 +121,9 @@ struct RunArgs {
     /// Workers of the proxy; 0 means one per core.
     #[arg(long)]
     workers: Option<usize>,
+    /// Which implementation of HTTP/2 writes the tunnels; peers need not agree.
+    #[arg(long, value_enum)]
+    tunnel_codec: Option<Codec>,
     /// Where to serve Prometheus metrics.
     #[arg(long, value_name = "IP:PORT")]
     metrics_addr: Option<SocketAddr>,
@@ -223,6 +244,10 @@ fn run_config(args: RunArgs) -> anyhow::Result<AgentConfig> {
     override_with(&mut config.node.cluster, args.cluster);
     override_with(&mut config.node.trust_domain, args.trust_domain);
     override_with(&mut config.proxy.workers, args.workers);
+    override_with(
+        &mut config.proxy.tunnel_codec,
+        args.tunnel_codec.map(TunnelCodec::from),
+    );
     override_with(&mut config.proxy.upgrade_drain_seconds, args.upgrade_drain);
     override_with(&mut config.kernel.abi, args.kernel_abi);
     override_with(&mut config.listen.metrics, args.metrics_addr);

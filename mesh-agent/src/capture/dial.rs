@@ -47,7 +47,9 @@ pub(super) async fn dial(
         .map(|ip| ip.to_canonical())
         .filter(|ip| *ip != destination.ip() && ip.is_ipv4() == destination.is_ipv4());
     let Some(source) = source else {
-        return connect(new_socket(workload, destination)?, destination).await;
+        let socket = new_socket(workload, destination)?;
+        set_common_options(&socket)?;
+        return connect(socket, destination).await;
     };
     for _ in 0..SHOWN_PORT_ATTEMPTS {
         let shown = SocketAddr::new(source, rand::random_range(SHOWN_PORTS));
@@ -66,7 +68,9 @@ async fn connect_as(
     source: SocketAddr,
     destination: SocketAddr,
 ) -> io::Result<TcpStream> {
+    // No keepalive: over loopback, to the application, nothing vanishes without a word, and tunnels ask by PING.
     let socket = new_socket(workload, destination)?;
+    socket.set_tcp_nodelay(true)?;
     socket::set_transparent(socket.as_fd(), source.is_ipv6())?;
     socket::set_mark(socket.as_fd(), CAPTURE_MARK)?;
     if source.port() == 0 {
@@ -88,15 +92,13 @@ fn is_taken(error: &io::Error) -> bool {
 }
 
 fn new_socket(workload: &LocalWorkload, destination: SocketAddr) -> io::Result<Socket> {
-    let socket = workload.netns.run(|| {
+    workload.netns.run(|| {
         Socket::new(
             Domain::for_address(destination),
             Type::STREAM.nonblocking(),
             None,
         )
-    })??;
-    set_common_options(&socket)?;
-    Ok(socket)
+    })?
 }
 
 async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
@@ -105,7 +107,7 @@ async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStrea
         .await
 }
 
-/// Applied to every connection of the agent, accepted ones included.
+/// Applied to what the agent accepts and to what it dials outside of the pod.
 pub fn set_common_options(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(

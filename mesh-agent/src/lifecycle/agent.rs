@@ -44,7 +44,7 @@ use crate::{
     config::AgentConfig,
     discovery::{DiscoveryClient, DiscoveryConfig, DiscoveryStatus, Mesh},
     identity::{Certificates, IdentityConfig, tls},
-    proxy::{Limits, ProxyContext, ServeHandle, TunnelCodec, Workers},
+    proxy::{Limits, ProxyContext, ServeHandle, Workers},
     sys,
     telemetry::{Telemetry, logging::LogControl},
 };
@@ -463,7 +463,7 @@ impl Agent {
             verdicts: capture.verdicts(),
             limits: Arc::new(Limits::for_this_process(&config)),
             node: config.node.name.as_str().into(),
-            codec: TunnelCodec::default(),
+            codec: config.proxy.tunnel_codec,
         };
         let count = match config.proxy.workers {
             0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),

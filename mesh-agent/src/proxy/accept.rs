@@ -240,10 +240,6 @@ fn start(
     peer: SocketAddr,
     admission: Admission,
 ) {
-    if let Err(error) = socket.set_nodelay(true) {
-        tracing::debug!(%error, ?kind, "accepted socket is gone already");
-        return;
-    }
     let own = worker.clone();
     let local = admission.served().local.clone();
     match kind {

@@ -50,11 +50,11 @@ impl Size {
         }
     }
 
-    /// The size for the next read: `bulk` after a read that filled the buffer, small again after one that would have
-    /// fitted into a small one.
+    /// The size for the next read: `bulk` after a read that filled the `room` it had, small again after one that would
+    /// have fitted into a small buffer.
     #[must_use]
-    pub fn after_read(self, read: usize, bulk: Self) -> Self {
-        if read >= self.bytes() {
+    pub fn after_read(self, read: usize, room: usize, bulk: Self) -> Self {
+        if read >= room {
             bulk
         } else if read < SMALL_BYTES {
             Self::Small
@@ -180,14 +180,19 @@ mod tests {
 
     #[test]
     fn reads_grow_and_shrink_the_buffer() {
-        let next = |size: Size, read| size.after_read(read, Size::Large);
+        let next = |size: Size, read| size.after_read(read, size.bytes(), Size::Large);
         assert_eq!(next(Size::Small, SMALL_BYTES), Size::Large);
         assert_eq!(next(Size::Large, 100), Size::Small);
         assert_eq!(next(Size::Large, SMALL_BYTES + 1), Size::Large);
         assert_eq!(next(Size::Small, 100), Size::Small);
         assert_eq!(
-            Size::Small.after_read(SMALL_BYTES, Size::Medium),
+            Size::Small.after_read(SMALL_BYTES, SMALL_BYTES, Size::Medium),
             Size::Medium
+        );
+        assert_eq!(
+            Size::Small.after_read(9_000, 9_000, Size::Large),
+            Size::Large,
+            "there was room for no more"
         );
     }
 }

@@ -4,7 +4,6 @@ use std::{os::fd::AsFd, rc::Rc, sync::Arc};
 
 use rustls::pki_types::ServerName;
 use tokio::time::{Instant, timeout_at};
-use tokio_rustls::TlsConnector;
 
 use super::{
     ProxyContext,
@@ -12,7 +11,7 @@ use super::{
     memory::stream_window,
     pool::{Connector, PoolEvent, PoolKey, Pooled},
     room::{Need, Place, Room},
-    tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::ReadAhead},
+    tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::connect_tls},
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
@@ -82,18 +81,12 @@ impl Dialer {
         // Its statistics are wanted for as long as streams use it; without it there are none.
         let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
         let began = Instant::now();
-        let connector = TlsConnector::from(source.certified.client(key.expected.clone()));
-        let shaken = timeout_at(
-            deadline.min(began + self.limits.time.handshake),
-            connector.connect(self.name.clone(), ReadAhead::new(socket)),
-        );
-        let stream = shaken
-            .await
-            .map_err(|_| TunnelError::TimedOut("finish the TLS handshake"))?
-            .map_err(|error| TunnelError::Tls(Arc::new(error)))?;
+        let handshake = deadline.min(began + self.limits.time.handshake);
+        let config = source.certified.client(key.expected.clone());
+        let secured = connect_tls(self.codec, config, self.name.clone(), socket, handshake).await?;
         self.telemetry
             .observe_handshake(Direction::Outbound, began.elapsed());
-        let greeted = TunnelClient::handshake(self.codec, stream, &self.limits, measured);
+        let greeted = TunnelClient::handshake(secured, &self.limits, measured);
         let client = timeout_at(deadline, greeted)
             .await
             .map_err(|_| TunnelError::TimedOut("take the HTTP/2 preface"))??;

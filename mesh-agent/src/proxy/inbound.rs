@@ -17,7 +17,6 @@ use tokio::{
     net::TcpStream,
     time::{timeout, timeout_at},
 };
-use tokio_rustls::server::TlsStream;
 
 use super::{
     accept::{self, Kind},
@@ -29,7 +28,7 @@ use super::{
     tunnel::{
         Incoming, TunnelError, TunnelServer, TunnelStream,
         headers::{BAGGAGE, TraceParent, baggage, forwarded_host},
-        transport::{ReadAhead, accept_tls},
+        transport::accept_tls,
     },
     unmapped,
     worker::{Admission, Worker},
@@ -220,14 +219,12 @@ impl HandshakeError {
     }
 }
 
-type TunnelSocket = TlsStream<ReadAhead<TcpStream>>;
-
 /// TLS and the HTTP/2 preface, each with its deadline: a silent or dribbling client must not stay.
 async fn shake_hands(
     worker: &Worker,
     local: &LocalWorkload,
     socket: TcpStream,
-) -> Result<(Identity, TunnelServer<TunnelSocket>), HandshakeError> {
+) -> Result<(Identity, TunnelServer<TcpStream>), HandshakeError> {
     let context = &worker.context;
     let deadline = tokio::time::Instant::now() + context.limits.time.handshake;
     let Some(workload) = local.workload.load_full() else {
@@ -246,7 +243,7 @@ async fn shake_hands(
         }
     };
     let began = Instant::now();
-    let shaken = accept_tls(certified.server.clone(), socket, deadline).await;
+    let shaken = accept_tls(context.codec, certified.server.clone(), socket, deadline).await;
     let late = |limit| {
         move |error: &TunnelError| {
             if matches!(error, TunnelError::TimedOut(_)) {
@@ -254,13 +251,12 @@ async fn shake_hands(
             }
         }
     };
-    let stream = shaken.inspect_err(late(Limit::HandshakeDeadline))?;
+    let secured = shaken.inspect_err(late(Limit::HandshakeDeadline))?;
     context
         .telemetry
         .observe_handshake(Direction::Inbound, began.elapsed());
-    let identity =
-        peer_identity(stream.get_ref().1.peer_certificates()).ok_or(HandshakeError::NoIdentity)?;
-    let server = TunnelServer::handshake(context.codec, stream, &context.limits).await;
+    let identity = peer_identity(secured.peer_certificates()).ok_or(HandshakeError::NoIdentity)?;
+    let server = TunnelServer::handshake(secured, &context.limits).await;
     let server = server.inspect_err(late(Limit::FirstFrameDeadline))?;
     Ok((identity, server))
 }
@@ -270,7 +266,7 @@ async fn serve_streams(
     served: &Arc<Served>,
     registered: &Registered,
     ends: TunnelEnds,
-    mut server: TunnelServer<TunnelSocket>,
+    mut server: TunnelServer<TcpStream>,
 ) {
     let ends = Rc::new(ends);
     let mut stopped = pin!(served.stop.cancelled());
@@ -292,6 +288,11 @@ async fn serve_streams(
                     &served.local,
                     serve_connect(own, served.clone(), ends, incoming),
                 );
+            }
+            Some(Err(error @ TunnelError::Abuse(_))) => {
+                worker.shared.room.refuse(&served.local, Limit::TunnelAbuse);
+                tracing::warn!(%error, peer = %ends.identity, "a client's tunnel was closed");
+                return;
             }
             Some(Err(error)) => {
                 tracing::debug!(%error, peer = %ends.identity, "tunnel ended");
@@ -330,13 +331,12 @@ async fn serve_connect(
         open,
     } = connected;
     let idle = worker.context.limits.time.half_close_idle;
-    let meter = InboundMeter(&open, admission.stalls(Far::Stream));
+    let meter = Rc::new(InboundMeter(open, admission.stalls(Far::Stream)));
     let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
-    drop(meter);
     if let Some(statistics) = ends.tcp_statistics() {
-        open.observe_tcp(statistics);
+        meter.0.observe_tcp(statistics);
     }
-    open.finish(close_reason(end));
+    meter.0.finish(close_reason(end));
 }
 
 /// A CONNECT stream that was answered with 200.
@@ -457,10 +457,9 @@ pub(super) async fn serve_plaintext(
         .observe_connect(Direction::Inbound, Security::None, began.elapsed());
     let open = worker.context.telemetry.open(info);
     let idle = worker.context.limits.time.half_close_idle;
-    let meter = InboundMeter(&open, admission.stalls(Far::Socket));
+    let meter = InboundMeter(open, admission.stalls(Far::Socket));
     let end = relay_tcp(app, client, &meter, registered.signal(), idle).await;
-    drop(meter);
-    open.finish(close_reason(end));
+    meter.0.finish(close_reason(end));
 }
 
 /// The application is near, the client far.
@@ -474,9 +473,9 @@ fn close_reason(end: End) -> CloseReason {
     }
 }
 
-struct InboundMeter<'a>(&'a OpenConnection, Stalls);
+struct InboundMeter(OpenConnection, Stalls);
 
-impl Meter for InboundMeter<'_> {
+impl Meter for InboundMeter {
     fn near_to_far(&self, bytes: usize) {
         self.0.add_received(bytes as u64);
     }

@@ -118,9 +118,10 @@ impl OutboundError {
                 }
                 TunnelError::NoCertificate(_) => CloseReason::NoCertificate,
                 TunnelError::Limit => CloseReason::Limit,
-                TunnelError::Tls(_) | TunnelError::Protocol(_) | TunnelError::NotTaken => {
-                    CloseReason::TunnelFailed
-                }
+                TunnelError::Tls(_)
+                | TunnelError::Protocol(_)
+                | TunnelError::Abuse(_)
+                | TunnelError::NotTaken => CloseReason::TunnelFailed,
             },
         }
     }
@@ -176,22 +177,22 @@ pub(super) async fn serve(
         .observe_connect(Direction::Outbound, info.security, began.elapsed());
     let open = worker.context.telemetry.open(info);
     let idle = worker.context.limits.time.half_close_idle;
-    let end = match upstream {
+    match upstream {
         Upstream::Tunnel(stream, lease) => {
             admission.tunnelled();
-            let meter = OutboundMeter(&open, admission.stalls(Far::Stream));
+            let meter = Rc::new(OutboundMeter(open, admission.stalls(Far::Stream)));
             let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
             if let Some(statistics) = lease.tunnel().tcp_statistics() {
-                open.observe_tcp(statistics);
+                meter.0.observe_tcp(statistics);
             }
-            end
+            meter.0.finish(close_reason(end));
         }
         Upstream::Plain(upstream) => {
-            let meter = OutboundMeter(&open, admission.stalls(Far::Socket));
-            relay_tcp(app, upstream, &meter, registered.signal(), idle).await
+            let meter = OutboundMeter(open, admission.stalls(Far::Socket));
+            let end = relay_tcp(app, upstream, &meter, registered.signal(), idle).await;
+            meter.0.finish(close_reason(end));
         }
-    };
-    open.finish(close_reason(end));
+    }
 }
 
 fn close_reason(end: End) -> CloseReason {
@@ -204,9 +205,9 @@ fn close_reason(end: End) -> CloseReason {
     }
 }
 
-struct OutboundMeter<'a>(&'a OpenConnection, Stalls);
+struct OutboundMeter(OpenConnection, Stalls);
 
-impl Meter for OutboundMeter<'_> {
+impl Meter for OutboundMeter {
     fn near_to_far(&self, bytes: usize) {
         self.0.add_sent(bytes as u64);
     }

@@ -450,6 +450,7 @@ impl Worker {
     /// Runs a connection of a workload as a task of its own; a panic costs that connection only.
     pub fn spawn(&self, local: &LocalWorkload, connection: impl Future<Output = ()> + 'static) {
         let telemetry = self.context.telemetry.clone();
+        // Not an async block, which would hold the connection's state twice: as captured and as awaited.
         let contained = AssertUnwindSafe(connection).catch_unwind().map(move |end| {
             if end.is_err() {
                 telemetry.agent.panics.inc();

@@ -284,11 +284,13 @@ pub enum Limit {
     HandshakeDeadline,
     /// Time for a client's HTTP/2 preface.
     FirstFrameDeadline,
+    /// What a client may do to a tunnel: frames that carry nothing, streams reset at once, long headers and the like.
+    TunnelAbuse,
 }
 
 impl Limit {
     /// Every limit.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Accept,
         Self::ConnectionsPerNode,
         Self::Descriptors,
@@ -305,6 +307,7 @@ impl Limit {
         Self::OrderQueue,
         Self::HandshakeDeadline,
         Self::FirstFrameDeadline,
+        Self::TunnelAbuse,
     ];
 
     /// The label value.
@@ -327,6 +330,7 @@ impl Limit {
             Self::OrderQueue => "order_queue",
             Self::HandshakeDeadline => "handshake_deadline",
             Self::FirstFrameDeadline => "first_frame_deadline",
+            Self::TunnelAbuse => "tunnel_abuse",
         }
     }
 }

@@ -8,7 +8,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -294,7 +294,7 @@ impl Telemetry {
             received: AtomicU64::new(0),
             rtt_us: AtomicU32::new(0),
             retransmits: AtomicU32::new(0),
-            finished: false,
+            finished: AtomicBool::new(false),
         }
     }
 
@@ -375,7 +375,7 @@ pub struct OpenConnection {
     received: AtomicU64,
     rtt_us: AtomicU32,
     retransmits: AtomicU32,
-    finished: bool,
+    finished: AtomicBool,
 }
 
 impl OpenConnection {
@@ -404,12 +404,12 @@ impl OpenConnection {
     }
 
     /// Counts the end and writes the access-log line.
-    pub fn finish(mut self, reason: CloseReason) {
+    pub fn finish(&self, reason: CloseReason) {
         self.end(reason);
     }
 
-    fn end(&mut self, reason: CloseReason) {
-        if std::mem::replace(&mut self.finished, true) {
+    fn end(&self, reason: CloseReason) {
+        if self.finished.swap(true, Relaxed) {
             return;
         }
         let now = Instant::now();

@@ -20,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{PORT, PRIVATE_PORT, World, identity, within};
+use super::{CODECS, PORT, PRIVATE_PORT, World, identity, within};
 use crate::{
     peer::{self, Credentials, Forgery, LIMIT, TUNNEL_PORT},
     raw::{self, Answer},
@@ -126,7 +126,14 @@ fn private_server(world: &World, pod: &Pod) -> Result<Running> {
 
 #[test]
 fn strangers_get_nowhere_while_an_honest_client_is_served() -> Result<()> {
-    let world = World::start()?;
+    for codec in CODECS {
+        strangers_get_nowhere(codec).context(codec)?;
+    }
+    Ok(())
+}
+
+fn strangers_get_nowhere(codec: &str) -> Result<()> {
+    let world = World::start(codec)?;
     let lab = &world.lab;
     let (victim, neighbour, evil) = (lab.pod("victim")?, lab.pod("neighbour")?, lab.pod("evil")?);
     let server = Server::start(lab, victim, PORT)?;

@@ -22,7 +22,7 @@ use tokio::{
 };
 use tokio_rustls::LazyConfigAcceptor;
 
-use super::{PORT, World, identity, within};
+use super::{CODECS, PORT, World, identity, within};
 use crate::peer::{self, Credentials, LIMIT, TUNNEL_PORT};
 
 /// What ztunnel announces (SETTINGS, windows), so that the agent meets a server of the field.
@@ -44,7 +44,14 @@ struct Seen {
 
 #[test]
 fn a_server_of_the_field_understands_the_agent() -> Result<()> {
-    let mut world = World::start()?;
+    for codec in CODECS {
+        a_server_of_the_field_understands(codec).context(codec)?;
+    }
+    Ok(())
+}
+
+fn a_server_of_the_field_understands(codec: &str) -> Result<()> {
+    let mut world = World::start(codec)?;
     // A pod that the mesh believes enrolled, without an agent: the test is its tunnel's end.
     world.lab.add_pod("n2", PodSpec::new("foreign"))?;
     let (foreign, web) = (world.lab.pod("foreign")?, world.lab.pod("web")?);

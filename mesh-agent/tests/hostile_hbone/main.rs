@@ -2,6 +2,7 @@
 //! description alone, with a certificate of the mesh. Needs root.
 
 mod attacks;
+mod floods;
 mod interop;
 mod peer;
 mod raw;
@@ -23,6 +24,9 @@ const PORT: u16 = 7000;
 /// Port of an application that listens on loopback alone.
 const PRIVATE_PORT: u16 = 7002;
 
+/// Implementations of the tunnels that agents have; each meets everything here.
+const CODECS: [&str; 2] = ["native", "h2"];
+
 /// `web` and the attacker `evil` on one node; the victim and its neighbour on the other.
 struct World {
     lab: Lab,
@@ -30,13 +34,18 @@ struct World {
 }
 
 impl World {
-    fn start() -> Result<Self> {
+    /// With agents whose tunnels are written by `codec`.
+    fn start(codec: &str) -> Result<Self> {
         let lab = Lab::build(
             LabSpec::new(Families::V4)
                 .node("n1", [PodSpec::new("web"), PodSpec::new("evil")])
                 .node("n2", [PodSpec::new("victim"), PodSpec::new("neighbour")]),
         )?;
-        let mesh = Mesh::start(&lab, MeshSpec::default())?;
+        let spec = MeshSpec {
+            agent_arguments: ["--tunnel-codec", codec].map(String::from).into(),
+            ..MeshSpec::default()
+        };
+        let mesh = Mesh::start(&lab, spec)?;
         Ok(Self { lab, mesh })
     }
 

@@ -9,13 +9,19 @@ use tokio::{
 
 use crate::peer::LIMIT;
 
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const GOAWAY: u8 = 7;
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const PRIORITY: u8 = 2;
+pub const RST_STREAM: u8 = 3;
+pub const SETTINGS: u8 = 4;
+pub const PING: u8 = 6;
+pub const GOAWAY: u8 = 7;
+pub const WINDOW_UPDATE: u8 = 8;
+pub const CONTINUATION: u8 = 9;
 const ACK: u8 = 1;
-const END_HEADERS: u8 = 4;
+pub const END_HEADERS: u8 = 4;
+pub const PADDED: u8 = 8;
 /// RFC 7541 appendix A: `:status 200` is entry 8 of the static table.
 const STATUS_200: u8 = 0x88;
 
@@ -86,7 +92,8 @@ fn is_200(block: &[u8]) -> bool {
     first == Some(&STATUS_200)
 }
 
-fn frame(bytes: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+/// Appends a frame.
+pub fn frame(bytes: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
     let length = u32::try_from(payload.len())
         .unwrap_or(u32::MAX)
         .to_be_bytes();
@@ -97,7 +104,7 @@ fn frame(bytes: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) 
 }
 
 /// Literal fields without indexing, names and values as they are (RFC 7541 section 6.2.2).
-fn header_block(fields: &[(&[u8], &[u8])]) -> Result<Vec<u8>> {
+pub fn header_block(fields: &[(&[u8], &[u8])]) -> Result<Vec<u8>> {
     let mut block = Vec::new();
     for (name, value) in fields {
         block.push(0);

@@ -60,7 +60,7 @@ async fn stranger(to: SocketAddr, dribbles: bool) {
 fn silent_and_dribbling_strangers_are_gone_in_time_and_honest_clients_lose_nothing() -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    let world = World::start()?;
+    let world = World::start("native")?;
     let lab = &world.lab;
     let (victim, evil) = (lab.pod("victim")?, lab.pod("evil")?);
     let server = Server::start(lab, victim, PORT)?;

@@ -217,10 +217,12 @@ fn frames() -> io::Result<()> {
     let begin = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
     let request = frame(HEADERS, END_HEADERS, 1, &connect("10.1.0.5:80"));
     let server = |name: &str, parts: &[Vec<u8>]| {
+        let bytes = [begin.clone(), parts.concat()].concat();
+        write("tunnel_server", name, &bytes)?;
         write(
-            "tunnel_server",
-            name,
-            &[begin.clone(), parts.concat()].concat(),
+            "tunnel_frames",
+            &format!("to_server_{name}"),
+            &[&[0, 6], bytes.as_slice()].concat(),
         )
     };
     server("nothing_more", &[])?;
@@ -299,10 +301,12 @@ fn frames() -> io::Result<()> {
 fn answers() -> io::Result<()> {
     let begin = [frame(SETTINGS, 0, 0, &[]), frame(SETTINGS, ACK, 0, &[])].concat();
     let client = |name: &str, parts: &[Vec<u8>]| {
+        let bytes = [begin.clone(), parts.concat()].concat();
+        write("tunnel_client", name, &bytes)?;
         write(
-            "tunnel_client",
-            name,
-            &[begin.clone(), parts.concat()].concat(),
+            "tunnel_frames",
+            &format!("to_client_{name}"),
+            &[&[1, 6], bytes.as_slice()].concat(),
         )
     };
     let accepted = frame(HEADERS, END_HEADERS, 1, &[0x88]);
@@ -328,5 +332,41 @@ fn answers() -> io::Result<()> {
         &[frame(HEADERS, END_HEADERS, 1, &literal(8, "103")), accepted],
     )?;
     client("no_streams", &[frame(SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 0])])?;
-    client("push", &[frame(5, END_HEADERS, 1, &[0, 0, 0, 2, 0x82])])
+    client("push", &[frame(5, END_HEADERS, 1, &[0, 0, 0, 2, 0x82])])?;
+    blocks()
+}
+
+/// RFC 7541 appendix C and what an attacker would make of it: each block after its length.
+fn blocks() -> io::Result<()> {
+    let block = |bytes: &[u8]| {
+        let length = u8::try_from(bytes.len()).unwrap_or(u8::MAX);
+        [&[length], bytes].concat()
+    };
+    let remembered = [&[0x41, 11][..], b"10.1.0.5:80"].concat();
+    let huffman = [
+        &[0x41, 0x8c][..],
+        &[
+            0xf1, 0xe3, 0xc2, 0xe5, 0xf2, 0x3a, 0x6b, 0xa0, 0xab, 0x90, 0xf4, 0xff,
+        ],
+    ];
+    let table = [
+        ("connect", block(&connect("10.1.0.5:80"))),
+        ("huffman", block(&huffman.concat())),
+        ("remembered", [block(&remembered), block(&[0xbe])].concat()),
+        ("table_size", block(&[0x20, 0x3f, 0xe1, 0x1f, 0x88])),
+        ("table_too_large", block(&[0x3f, 0xe1, 0xff, 0x7f])),
+        (
+            "repeated",
+            [block(&remembered), block(&[0xbe; 200])].concat(),
+        ),
+        (
+            "long_integer",
+            block(&[0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0x0f]),
+        ),
+        ("never_indexed", block(&[0x10, 1, b'a', 1, b'b'])),
+    ];
+    for (name, bytes) in table {
+        write("header_blocks", name, &bytes)?;
+    }
+    Ok(())
 }

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod certificates;
+mod codec;
 mod mesh;
 mod relay;
 mod script;
@@ -31,7 +32,7 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 17] = [
     Target {
         name: "connect_authority",
         boundary: "peer to agent: `:authority` of CONNECT",
@@ -115,6 +116,18 @@ pub const TARGETS: [Target; 15] = [
         boundary: "peer to agent: HTTP/2 answers on a tunnel that the agent opened",
         max_bytes: 8192,
         run: tunnel::client,
+    },
+    Target {
+        name: "tunnel_frames",
+        boundary: "peer to agent: HTTP/2 as the agent's own codec reads it, both roles",
+        max_bytes: 8192,
+        run: codec::frames,
+    },
+    Target {
+        name: "header_blocks",
+        boundary: "peer to agent: HPACK as the agent's own codec reads it",
+        max_bytes: 8192,
+        run: codec::header_blocks,
     },
     Target {
         name: "relay",

@@ -4,19 +4,26 @@
 use std::{cell::Cell, net::SocketAddr, rc::Rc, time::Duration};
 
 use http::HeaderMap;
-use mesh_agent::proxy::{
-    Limits, TunnelCodec,
-    registry::CloseSignal,
-    relay::{End, Meter, relay_tcp, relay_tunnel},
-    tunnel::{ConnectRequest, TunnelClient, TunnelServer},
+use mesh_agent::{
+    identity::tls::dummy_server_name,
+    proxy::{
+        Limits, TunnelCodec,
+        registry::CloseSignal,
+        relay::{End, Meter, relay_tcp, relay_tunnel},
+        tunnel::{
+            ConnectRequest, TunnelClient, TunnelServer,
+            transport::{accept_tls, connect_tls},
+        },
+    },
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, duplex},
     net::{TcpListener, TcpStream},
     task::spawn_local,
+    time::Instant,
 };
 
-use crate::script::in_real_time;
+use crate::{World, script::in_real_time};
 
 /// Silence that ends a half-closed connection; never reached, since the applications always end.
 const HALF_CLOSE_IDLE: Duration = Duration::from_secs(5);
@@ -62,7 +69,7 @@ struct Saw {
     reset: bool,
 }
 
-/// The first byte chooses the way (bit 0: tunnel); of the others the top bit chooses who acts.
+/// The first byte chooses the way (bit 0: tunnel, bits 1 and 2: its codecs); of the others the top bit chooses who acts.
 pub(crate) fn relay(bytes: &[u8]) {
     let Some((way, steps)) = bytes.split_first() else {
         return;
@@ -79,12 +86,16 @@ pub(crate) fn relay(bytes: &[u8]) {
             .collect()
     };
     let (client, server) = (steps_of(0), steps_of(1));
-    let by_tunnel = way & 1 == 1;
+    let codec = |bit: u8| match way >> bit & 1 {
+        0 => TunnelCodec::Native,
+        _ => TunnelCodec::H2,
+    };
+    let tunnel = (way & 1 == 1).then(|| (codec(1), codec(2)));
     in_real_time(async move {
         let conversation = async {
             let (app, near) = pair().await;
             let (far, other) = pair().await;
-            let carried = spawn_local(carry(near, far, by_tunnel));
+            let carried = spawn_local(carry(near, far, tunnel));
             let (client, server) = tokio::join!(act(app, client), act(other, server));
             carried.await.expect("the relay does not panic");
             compare(&client, &server);
@@ -117,18 +128,19 @@ async fn pair() -> (TcpStream, TcpStream) {
     (dialled.expect("connects"), accepted.expect("accepts").0)
 }
 
-async fn carry(near: TcpStream, far: TcpStream, by_tunnel: bool) -> End {
-    let meter = Counted::default();
+async fn carry(near: TcpStream, far: TcpStream, tunnel: Option<(TunnelCodec, TunnelCodec)>) -> End {
+    let meter = Rc::new(Counted::default());
     let close = CloseSignal::default();
-    if !by_tunnel {
-        return relay_tcp(near, far, &meter, &close, HALF_CLOSE_IDLE).await;
-    }
+    let Some((codec, serving)) = tunnel else {
+        return relay_tcp(near, far, &*meter, &close, HALF_CLOSE_IDLE).await;
+    };
     let (here, there) = duplex(64 * 1024);
-    let limits = Rc::new(Limits::default());
-    let codec = TunnelCodec::default();
-    let serving = limits.clone();
+    let certified = &World::get().certified;
     let server = spawn_local(async move {
-        let mut server = TunnelServer::handshake(codec, there, &serving)
+        let deadline = Instant::now() + LIMIT;
+        let secured = accept_tls(serving, certified.server.clone(), there, deadline).await;
+        let secured = secured.expect("our own client");
+        let mut server = TunnelServer::handshake(secured, &Limits::default())
             .await
             .expect("our own client");
         let mut far = Some(far);
@@ -136,12 +148,16 @@ async fn carry(near: TcpStream, far: TcpStream, by_tunnel: bool) -> End {
             let stream = incoming.accept(HeaderMap::new()).expect("just opened");
             let far = far.take().expect("one stream");
             spawn_local(async move {
-                let (meter, close) = (Counted::default(), CloseSignal::default());
+                let (meter, close) = (Rc::new(Counted::default()), CloseSignal::default());
                 relay_tunnel(far, stream, &meter, &close, HALF_CLOSE_IDLE).await
             });
         }
     });
-    let client = TunnelClient::handshake(codec, here, &limits, None)
+    let deadline = Instant::now() + LIMIT;
+    let config = certified.client([World::get().identity.clone()].into());
+    let secured = connect_tls(codec, config, dummy_server_name(), here, deadline).await;
+    let secured = secured.expect("our own server");
+    let client = TunnelClient::handshake(secured, &Limits::default(), None)
         .await
         .expect("our own server");
     let request = ConnectRequest {

@@ -6,6 +6,12 @@ pub const DIRECT: &str = "direct";
 /// The variant with Weft.
 pub const WEFT: &str = "weft";
 
+/// Weft with tunnels by its own codec.
+pub const WEFT_NATIVE: &str = "weft-native";
+
+/// Weft with tunnels by the `h2` crate.
+pub const WEFT_H2: &str = "weft-h2";
+
 /// For which variants a figure exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Audience {

@@ -52,16 +52,44 @@ pub struct Options {
     #[arg(long, value_name = "NAME=SCRIPT")]
     peer: Vec<PeerOption>,
 
+    /// Also measure Weft with this implementation of the tunnels, as a variant of its own; may be repeated
+    #[arg(long, value_enum, value_name = "NAME")]
+    codec: Vec<Codec>,
+
     /// Write the figures to this file, as a list of JSON objects
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+}
+
+/// An implementation of the tunnels, as the agent's `--tunnel-codec` knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Codec {
+    Native,
+    H2,
+}
+
+impl Codec {
+    fn argument(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::H2 => "h2",
+        }
+    }
+
+    fn variant(self) -> &'static str {
+        match self {
+            Self::Native => figures::WEFT_NATIVE,
+            Self::H2 => figures::WEFT_H2,
+        }
+    }
 }
 
 /// What is measured against what.
 #[derive(Debug)]
 enum Variant {
     Direct,
-    Weft,
+    /// With its default codec, or a given one.
+    Weft(Option<Codec>),
     Peer(PeerOption),
 }
 
@@ -69,7 +97,8 @@ impl Variant {
     fn name(&self) -> &str {
         match self {
             Self::Direct => figures::DIRECT,
-            Self::Weft => figures::WEFT,
+            Self::Weft(None) => figures::WEFT,
+            Self::Weft(Some(codec)) => codec.variant(),
             Self::Peer(peer) => &peer.name,
         }
     }
@@ -78,7 +107,7 @@ impl Variant {
         match figure.audience {
             Audience::All => true,
             Audience::Meshes => !matches!(self, Self::Direct),
-            Audience::Weft => matches!(self, Self::Weft),
+            Audience::Weft => matches!(self, Self::Weft(_)),
         }
     }
 }
@@ -96,7 +125,7 @@ impl Mesh {
     fn up(variant: &Variant, scene: &Scene) -> Result<Self> {
         Ok(match variant {
             Variant::Direct => Self::Direct,
-            Variant::Weft => Self::Weft(Box::new(Weft::up(scene)?)),
+            Variant::Weft(codec) => Self::Weft(Box::new(Weft::up(scene, *codec)?)),
             Variant::Peer(option) => Self::Peer(Peer::up(option, scene)?),
         })
     }
@@ -127,7 +156,13 @@ pub fn run(options: &Options) -> Result<()> {
     if env::var_os(programs::DIRECTORY_VARIABLE).is_none() {
         return with_release_programs();
     }
-    let mut variants = vec![Variant::Direct, Variant::Weft];
+    let mut variants = vec![Variant::Direct, Variant::Weft(None)];
+    variants.extend(
+        options
+            .codec
+            .iter()
+            .map(|codec| Variant::Weft(Some(*codec))),
+    );
     variants.extend(options.peer.iter().cloned().map(Variant::Peer));
     let wanted: Vec<&'static Figure> = if options.figures.is_empty() {
         figures::FIGURES.iter().collect()
@@ -229,6 +264,7 @@ fn finish(
     failures: &[String],
 ) -> Result<()> {
     let mut names = vec![figures::DIRECT, figures::WEFT];
+    names.extend(options.codec.iter().map(|codec| codec.variant()));
     names.extend(options.peer.iter().map(|peer| peer.name.as_str()));
     let rows = report::rows(wanted, &names, samples);
     print!("{}", report::table(wanted, &names, &rows));

@@ -7,7 +7,7 @@ use mesh_tests::process::{self, Program, Room};
 use nix::unistd::Pid;
 
 use super::{
-    figures::{DIRECT, WEFT},
+    figures::{DIRECT, WEFT, WEFT_H2, WEFT_NATIVE},
     scene::Scene,
 };
 
@@ -38,7 +38,7 @@ impl FromStr for PeerOption {
             && name
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-        if !plain || [DIRECT, WEFT].contains(&name) {
+        if !plain || [DIRECT, WEFT, WEFT_NATIVE, WEFT_H2].contains(&name) {
             return Err(format!(
                 "{name:?} cannot be a variant's name: use letters, digits, dashes, and none of ours"
             ));

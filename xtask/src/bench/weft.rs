@@ -16,7 +16,10 @@ use mesh_tests::{
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::scene::{CLIENT, ECHO, FAR, NEAR, SERVER, Scene};
+use super::{
+    Codec,
+    scene::{CLIENT, ECHO, FAR, NEAR, SERVER, Scene},
+};
 
 /// How long a probe may wait for its first answer, beyond the limit that it has itself.
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
@@ -37,9 +40,14 @@ impl Weft {
     ///
     /// # Errors
     /// A program fails or is not ready in time.
-    pub fn up(scene: &Scene) -> Result<Self> {
+    pub fn up(scene: &Scene, codec: Option<Codec>) -> Result<Self> {
         let (lab, near, far) = (&scene.lab, scene.lab.node(NEAR)?, scene.lab.node(FAR)?);
-        let mut mesh = Mesh::prepare(lab, MeshSpec::default())?;
+        let codec = codec.map(|codec| ["--tunnel-codec", codec.argument()].map(String::from));
+        let spec = MeshSpec {
+            agent_arguments: codec.into_iter().flatten().collect(),
+            ..MeshSpec::default()
+        };
+        let mut mesh = Mesh::prepare(lab, spec)?;
         mesh.write_pods(lab)?;
         let strict = json!({"mtls": {"mode": "STRICT"}});
         mesh.manifests.write(

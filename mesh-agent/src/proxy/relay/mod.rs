@@ -8,7 +8,7 @@
 use std::{
     cell::Cell,
     future::{Future, poll_fn},
-    io::{self, Read},
+    io::{self, IoSliceMut, Read},
     net::Shutdown,
     os::fd::AsFd,
     pin::{Pin, pin},
@@ -385,11 +385,23 @@ async fn reset_after_fin(socket: TcpStream) {
 /// One read. A read that does not fill `into` has emptied the socket: readiness is then cleared at once, which saves
 /// the call that would only say so (epoll is edge triggered: newer bytes make a newer event).
 fn read(socket: &TcpStream, into: &mut [u8]) -> io::Result<usize> {
+    read_vectored(socket, &mut [IoSliceMut::new(into)])
+}
+
+/// [`read`] into several pieces.
+fn read_vectored(socket: &TcpStream, into: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+    let room: usize = into.iter().map(|piece| piece.len()).sum();
     let mut got = None;
     let result = socket.try_io(Interest::READABLE, || {
-        let read = (&*SockRef::from(socket)).read(into)?;
+        let socket = SockRef::from(socket);
+        let mut source = &*socket;
+        // The vectored call is the dearer one.
+        let read = match into {
+            [piece] => source.read(piece)?,
+            pieces => source.read_vectored(pieces)?,
+        };
         got = Some(read);
-        if read > 0 && read < into.len() {
+        if read > 0 && read < room {
             Err(io::ErrorKind::WouldBlock.into())
         } else {
             Ok(read)

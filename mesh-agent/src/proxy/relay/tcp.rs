@@ -100,7 +100,7 @@ impl Pipe {
                 }
                 Ok(count) => {
                     buffer.set_filled(count);
-                    self.size = self.size.after_read(count, Size::Large);
+                    self.size = self.size.after_read(count, self.size.bytes(), Size::Large);
                     self.held = Some(buffer);
                 }
                 Err(error) if would_block(&error) && last => {

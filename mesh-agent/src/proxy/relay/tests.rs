@@ -5,7 +5,7 @@ use std::{net::SocketAddr, rc::Rc};
 
 use http::HeaderMap;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, duplex},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
     task::{JoinHandle, LocalSet, spawn_local},
     time::Instant,
@@ -13,9 +13,10 @@ use tokio::{
 
 use super::*;
 use crate::proxy::{
-    Limits, TunnelCodec,
+    TunnelCodec,
     limits::{STREAM_SEND_BUFFER_BYTES, STREAM_WINDOW_BYTES},
-    tunnel::{ConnectRequest, TunnelClient, TunnelServer},
+    testing::{PAIRS, tunnel},
+    tunnel::{ConnectRequest, TunnelServer},
 };
 
 const MIB: usize = 1 << 20;
@@ -25,7 +26,17 @@ const HALF_CLOSE_IDLE: Duration = Duration::from_secs(300);
 enum Via {
     Direct,
     Plain,
-    Tunnel,
+    Tunnel(TunnelCodec, TunnelCodec),
+}
+
+impl Via {
+    const RELAYS: [Self; 5] = [
+        Self::Plain,
+        Self::Tunnel(TunnelCodec::Native, TunnelCodec::Native),
+        Self::Tunnel(TunnelCodec::Native, TunnelCodec::H2),
+        Self::Tunnel(TunnelCodec::H2, TunnelCodec::Native),
+        Self::Tunnel(TunnelCodec::H2, TunnelCodec::H2),
+    ];
 }
 
 #[derive(Debug, Default)]
@@ -72,15 +83,6 @@ async fn pair() -> (TcpStream, TcpStream) {
     (dialled.expect("connects"), accepted.expect("accepts").0)
 }
 
-async fn tunnel() -> (TunnelClient, TunnelServer<tokio::io::DuplexStream>) {
-    let (near, far) = duplex(MIB);
-    let limits = Limits::default();
-    let client = TunnelClient::handshake(TunnelCodec::H2, near, &limits, None);
-    let server = TunnelServer::handshake(TunnelCodec::H2, far, &limits);
-    let (client, server) = futures::future::join(client, server).await;
-    (client.expect("handshake"), server.expect("handshake"))
-}
-
 fn request() -> ConnectRequest {
     ConnectRequest {
         authority: "10.1.0.5:80".into(),
@@ -103,7 +105,7 @@ fn serve(
                 relay_tunnel(
                     socket,
                     stream,
-                    &Counted::default(),
+                    &Rc::<Counted>::default(),
                     &signal,
                     HALF_CLOSE_IDLE,
                 )
@@ -145,14 +147,17 @@ async fn chain(via: Via) -> Chain {
             close,
         };
     }
-    let (tunnel, tunnel_server) = tunnel().await;
+    let Via::Tunnel(near_codec, far_codec) = via else {
+        unreachable!("the other ways were taken above");
+    };
+    let (tunnel, tunnel_server) = tunnel((near_codec, far_codec)).await;
     serve(tunnel_server, vec![server_near]);
     let relay = spawn_local(async move {
         let (stream, _) = tunnel.open(request()).await.expect("200");
         relay_tunnel(
             client_near,
             stream,
-            &Counted::default(),
+            &Rc::<Counted>::default(),
             &signal,
             HALF_CLOSE_IDLE,
         )
@@ -193,7 +198,7 @@ where
     LocalSet::new()
         .run_until(async {
             let expected = scenario(chain(Via::Direct).await).await;
-            for via in [Via::Plain, Via::Tunnel] {
+            for via in Via::RELAYS {
                 for round in 0..20 {
                     assert_eq!(
                         scenario(chain(via).await).await,
@@ -397,28 +402,30 @@ async fn the_first_bytes_of_a_server_need_none_of_the_client() {
 async fn a_lost_tunnel_is_a_reset_on_both_sides() {
     LocalSet::new()
         .run_until(async {
-            let (mut client, client_near) = pair().await;
-            let (server_near, mut server) = pair().await;
-            let (tunnel, tunnel_server) = tunnel().await;
-            let serving = serve(tunnel_server, vec![server_near]);
-            let relay = spawn_local(async move {
-                let (stream, _) = tunnel.open(request()).await.expect("200");
-                let signal = CloseSignal::default();
-                relay_tunnel(
-                    client_near,
-                    stream,
-                    &Counted::default(),
-                    &signal,
-                    HALF_CLOSE_IDLE,
-                )
-                .await
-            });
-            client.write_all(b"x").await.expect("open");
-            server.read_exact(&mut [0]).await.expect("passed on");
-            serving.abort();
-            assert_eq!(read_to_end(&mut client).await, Saw::Rst);
-            assert_eq!(read_to_end(&mut server).await, Saw::Rst);
-            assert_eq!(relay.await.expect("no panic"), End::FarReset);
+            for codecs in PAIRS {
+                let (mut client, client_near) = pair().await;
+                let (server_near, mut server) = pair().await;
+                let (tunnel, tunnel_server) = tunnel(codecs).await;
+                let serving = serve(tunnel_server, vec![server_near]);
+                let relay = spawn_local(async move {
+                    let (stream, _) = tunnel.open(request()).await.expect("200");
+                    let signal = CloseSignal::default();
+                    relay_tunnel(
+                        client_near,
+                        stream,
+                        &Rc::<Counted>::default(),
+                        &signal,
+                        HALF_CLOSE_IDLE,
+                    )
+                    .await
+                });
+                client.write_all(b"x").await.expect("open");
+                server.read_exact(&mut [0]).await.expect("passed on");
+                serving.abort();
+                assert_eq!(read_to_end(&mut client).await, Saw::Rst);
+                assert_eq!(read_to_end(&mut server).await, Saw::Rst);
+                assert_eq!(relay.await.expect("no panic"), End::FarReset);
+            }
         })
         .await;
 }
@@ -428,7 +435,7 @@ async fn a_lost_tunnel_is_a_reset_on_both_sides() {
 async fn a_relay_that_is_torn_down_is_a_reset_on_both_sides() {
     LocalSet::new()
         .run_until(async {
-            for via in [Via::Plain, Via::Tunnel] {
+            for via in Via::RELAYS {
                 let mut chain = chain(via).await;
                 chain.client.write_all(b"x").await.expect("open");
                 chain.server.read_exact(&mut [0]).await.expect("passed on");
@@ -444,7 +451,7 @@ async fn a_relay_that_is_torn_down_is_a_reset_on_both_sides() {
 async fn a_connection_told_to_close_is_reset_on_both_sides() {
     LocalSet::new()
         .run_until(async {
-            for via in [Via::Plain, Via::Tunnel] {
+            for via in Via::RELAYS {
                 let mut chain = chain(via).await;
                 chain.client.write_all(b"x").await.expect("open");
                 chain.server.read_exact(&mut [0]).await.expect("passed on");
@@ -462,7 +469,7 @@ async fn a_connection_told_to_close_is_reset_on_both_sides() {
 async fn a_half_closed_silent_connection_ends() {
     LocalSet::new()
         .run_until(async {
-            for via in [Via::Plain, Via::Tunnel] {
+            for via in Via::RELAYS {
                 let mut chain = chain(via).await;
                 let began = Instant::now();
                 chain.client.shutdown().await.expect("open");
@@ -479,7 +486,7 @@ async fn a_half_closed_silent_connection_ends() {
 async fn a_half_closed_connection_lives_while_bytes_come() {
     LocalSet::new()
         .run_until(async {
-            for via in [Via::Plain, Via::Tunnel] {
+            for via in Via::RELAYS {
                 let mut chain = chain(via).await;
                 chain.client.shutdown().await.expect("open");
                 let server = spawn_local(async move {
@@ -506,39 +513,41 @@ fn shrink(socket: &TcpStream) {
 async fn a_reader_that_stops_stops_the_writer_and_gets_everything_later() {
     LocalSet::new()
         .run_until(async {
-            let (mut client, client_near) = pair().await;
-            let (server_near, mut server) = pair().await;
-            for socket in [&client, &client_near, &server_near, &server] {
-                shrink(socket);
+            for codecs in PAIRS {
+                let (mut client, client_near) = pair().await;
+                let (server_near, mut server) = pair().await;
+                for socket in [&client, &client_near, &server_near, &server] {
+                    shrink(socket);
+                }
+                let (tunnel, tunnel_server) = tunnel(codecs).await;
+                serve(tunnel_server, vec![server_near]);
+                spawn_local(async move {
+                    let (stream, _) = tunnel.open(request()).await.expect("200");
+                    let signal = CloseSignal::default();
+                    relay_tunnel(
+                        client_near,
+                        stream,
+                        &Rc::<Counted>::default(),
+                        &signal,
+                        HALF_CLOSE_IDLE,
+                    )
+                    .await
+                });
+                let block = vec![7; 64 << 10];
+                let mut written = 0;
+                // Paused time moves only when nothing else can: then the writer is stopped for good.
+                while let Ok(count) = timeout(Duration::from_secs(1), client.write(&block)).await {
+                    written += count.expect("open");
+                    assert!(written < 64 * MIB, "the writer is not stopped");
+                }
+                let bound = STREAM_WINDOW_BYTES as usize + STREAM_SEND_BUFFER_BYTES + 2 * MIB;
+                assert!(
+                    written <= bound,
+                    "{written} bytes are on their way, at most {bound} are allowed"
+                );
+                drop(client.shutdown().await);
+                assert_eq!(read_to_end(&mut server).await, Saw::Fin(written));
             }
-            let (tunnel, tunnel_server) = tunnel().await;
-            serve(tunnel_server, vec![server_near]);
-            spawn_local(async move {
-                let (stream, _) = tunnel.open(request()).await.expect("200");
-                let signal = CloseSignal::default();
-                relay_tunnel(
-                    client_near,
-                    stream,
-                    &Counted::default(),
-                    &signal,
-                    HALF_CLOSE_IDLE,
-                )
-                .await
-            });
-            let block = vec![7; 64 << 10];
-            let mut written = 0;
-            // Paused time moves only when nothing else can: then the writer is stopped for good.
-            while let Ok(count) = timeout(Duration::from_secs(1), client.write(&block)).await {
-                written += count.expect("open");
-                assert!(written < 64 * MIB, "the writer is not stopped");
-            }
-            let bound = STREAM_WINDOW_BYTES as usize + STREAM_SEND_BUFFER_BYTES + 2 * MIB;
-            assert!(
-                written <= bound,
-                "{written} bytes are on their way, at most {bound} are allowed"
-            );
-            drop(client.shutdown().await);
-            assert_eq!(read_to_end(&mut server).await, Saw::Fin(written));
         })
         .await;
 }
@@ -549,7 +558,7 @@ async fn a_reader_that_stops_stops_the_writer_and_gets_everything_later() {
 async fn a_reset_behind_a_closed_window_is_a_reset() {
     LocalSet::new()
         .run_until(async {
-            for via in [Via::Plain, Via::Tunnel] {
+            for via in Via::RELAYS {
                 for upload in [true, false] {
                     let mut chain = chain(via).await;
                     let (mut writer, frozen) = match upload {
@@ -584,8 +593,11 @@ const STALLED: usize = 12;
 
 /// `STALLED` streams of one tunnel whose readers stop, at the server's side or at the client's, and a neighbour that
 /// was opened before.
-async fn stalled_streams_do_not_stop_a_neighbour(frozen_at_server: bool) {
-    let (tunnel, tunnel_server) = tunnel().await;
+async fn stalled_streams_do_not_stop_a_neighbour(
+    codecs: (TunnelCodec, TunnelCodec),
+    frozen_at_server: bool,
+) {
+    let (tunnel, tunnel_server) = tunnel(codecs).await;
     let (mut clients, mut servers, mut fars) = (Vec::new(), Vec::new(), Vec::new());
     let mut nears = Vec::new();
     for _ in 0..=STALLED {
@@ -601,7 +613,8 @@ async fn stalled_streams_do_not_stop_a_neighbour(frozen_at_server: bool) {
         let (stream, _) = tunnel.open(request()).await.expect("200");
         spawn_local(async move {
             let signal = CloseSignal::default();
-            relay_tunnel(near, stream, &Counted::default(), &signal, HALF_CLOSE_IDLE).await
+            let meter = Rc::<Counted>::default();
+            relay_tunnel(near, stream, &meter, &signal, HALF_CLOSE_IDLE).await
         });
     }
     let (mut writers, mut readers) = match frozen_at_server {
@@ -628,10 +641,15 @@ async fn stalled_streams_do_not_stop_a_neighbour(frozen_at_server: bool) {
 
 #[tokio::test(start_paused = true)]
 async fn stalled_streams_do_not_stop_their_neighbour() {
-    for frozen_at_server in [true, false] {
-        LocalSet::new()
-            .run_until(stalled_streams_do_not_stop_a_neighbour(frozen_at_server))
-            .await;
+    for codecs in PAIRS {
+        for frozen_at_server in [true, false] {
+            LocalSet::new()
+                .run_until(stalled_streams_do_not_stop_a_neighbour(
+                    codecs,
+                    frozen_at_server,
+                ))
+                .await;
+        }
     }
 }
 

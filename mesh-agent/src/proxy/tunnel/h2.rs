@@ -1,9 +1,9 @@
 //! Tunnels by the `h2` crate, set up as measured in the tunnel experiment: large frames, windows and buffers.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::Cell,
     future::{Future, poll_fn},
-    io,
+    io::{self, IoSliceMut},
     os::fd::{AsFd, OwnedFd},
     rc::Rc,
     sync::Arc,
@@ -12,7 +12,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::FutureExt;
 use h2::{
     Ping, PingPong, Reason, RecvStream, SendStream,
     client::{self, SendRequest},
@@ -25,11 +24,11 @@ use tokio::{
 };
 
 use super::{
-    ConnectRequest, Incoming, StreamError, StreamWindow, TunnelError, TunnelReceive, TunnelSend,
-    TunnelStream,
+    ConnectRequest, Incoming, StreamError, TunnelError, TunnelReceive, TunnelSend, TunnelStream,
 };
 use crate::{
     proxy::{
+        buffers::{Buffer, Size},
         fair,
         limits::{
             CLIENT_HEADER_LIST_BYTES, Limits, MAX_FRAME_BYTES, MAX_LOCAL_ERROR_RESETS,
@@ -46,40 +45,6 @@ pub struct Client {
     requests: SendRequest<Bytes>,
     open: Rc<Cell<bool>>,
     socket: Option<Rc<OwnedFd>>,
-    window: Rc<Window>,
-}
-
-/// The window of a tunnel's streams: what was granted last, and what shall be.
-struct Window {
-    granted: Cell<u32>,
-    wanted: RefCell<Option<StreamWindow>>,
-}
-
-impl std::fmt::Debug for Window {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Window").field(&self.granted).finish()
-    }
-}
-
-impl Window {
-    fn new() -> Rc<Self> {
-        Rc::new(Self {
-            granted: Cell::new(STREAM_WINDOW_BYTES),
-            wanted: RefCell::default(),
-        })
-    }
-
-    /// Has `grant` say a changed window to the peer (RFC 9113 section 6.9.2). It fails while the peer has not
-    /// acknowledged earlier settings; the next call tries again.
-    fn update<E>(&self, grant: impl FnOnce(u32) -> Result<(), E>) {
-        let wanted = self.wanted.borrow().as_ref().map(|wanted| wanted());
-        if let Some(wanted) = wanted
-            && wanted != self.granted.get()
-            && grant(wanted).is_ok()
-        {
-            self.granted.set(wanted);
-        }
-    }
 }
 
 impl Client {
@@ -112,18 +77,12 @@ impl Client {
             limits.time.ping_timeout,
         );
         let guard = Closes(open.clone());
-        let window = Window::new();
-        let own_window = window.clone();
         fair::spawn_local(async move {
             let _guard = guard;
             // Boxed: a tunnel's state is large, and tasks are moved when they are spawned.
             let mut keepalive = Box::pin(keepalive);
-            let running = poll_fn(|cx| {
-                own_window.update(|bytes| connection.set_initial_window_size(bytes));
-                connection.poll_unpin(cx)
-            });
             tokio::select! {
-                ended = running => if let Err(error) = ended {
+                ended = &mut connection => if let Err(error) = ended {
                     tracing::debug!(%error, "tunnel ended");
                 },
                 () = &mut keepalive => tracing::debug!("tunnel's peer answers no PING"),
@@ -133,12 +92,7 @@ impl Client {
             requests,
             open,
             socket,
-            window,
         })
-    }
-
-    pub(super) fn follow_window(&self, window: StreamWindow) {
-        *self.window.wanted.borrow_mut() = Some(window);
     }
 
     pub(super) fn is_open(&self) -> bool {
@@ -208,7 +162,6 @@ impl Drop for Closes {
 pub struct Server<T> {
     connection: server::Connection<T, Bytes>,
     ping: Keepalive,
-    window: Rc<Window>,
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
@@ -232,12 +185,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
             limits.time.ping_interval,
             limits.time.ping_timeout,
         )));
-        let window = Window::new();
-        Ok(Self {
-            connection,
-            ping,
-            window,
-        })
+        Ok(Self { connection, ping })
     }
 
     pub(super) async fn accept(&mut self) -> Option<Result<Incoming, TunnelError>> {
@@ -245,9 +193,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
             if self.ping.0.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Some(Err(TunnelError::TimedOut("answer PING"))));
             }
-            let connection = &mut self.connection;
-            self.window
-                .update(|bytes| connection.set_initial_window_size(bytes));
             let Some(next) = ready!(self.connection.poll_accept(cx)) else {
                 return Poll::Ready(None);
             };
@@ -263,10 +208,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
             })))
         })
         .await
-    }
-
-    pub(super) fn follow_window(&mut self, window: StreamWindow) {
-        *self.window.wanted.borrow_mut() = Some(window);
     }
 
     pub(super) fn shut_down(&mut self) {
@@ -339,7 +280,27 @@ pub struct Send {
 }
 
 impl Send {
-    pub(super) fn poll_room(
+    pub(super) fn poll_read_from(
+        &mut self,
+        cx: &mut Context<'_>,
+        size: Size,
+        read: impl FnOnce(&mut [IoSliceMut<'_>]) -> io::Result<usize>,
+    ) -> Poll<Result<io::Result<usize>, StreamError>> {
+        let room = ready!(self.poll_room(cx, size.bytes()))?;
+        let mut buffer = Buffer::take(size);
+        let into = buffer.memory().get_mut(..room).unwrap_or_default();
+        let got = read(&mut [IoSliceMut::new(into)]);
+        if let Ok(count @ 1..) = got {
+            buffer.set_filled(count);
+            self.stream
+                .send_data(buffer.freeze(), false)
+                .map_err(lost)?;
+        }
+        Poll::Ready(Ok(got))
+    }
+
+    /// How many bytes may be sent now, at most `wanted`; pending while the peer's windows are closed.
+    fn poll_room(
         &mut self,
         cx: &mut Context<'_>,
         wanted: usize,
@@ -364,10 +325,6 @@ impl Send {
         if std::mem::take(&mut self.reserved) {
             self.stream.reserve_capacity(0);
         }
-    }
-
-    pub(super) fn send(&mut self, bytes: Bytes) -> Result<(), StreamError> {
-        self.stream.send_data(bytes, false).map_err(lost)
     }
 
     pub(super) fn finish(&mut self) -> Result<(), StreamError> {
@@ -449,6 +406,10 @@ fn connect_request(request: ConnectRequest) -> Result<Request<()>, TunnelError> 
 }
 
 fn protocol(error: h2::Error) -> TunnelError {
+    // Said by this side, not by the peer.
+    if error.is_library() && error.reason() == Some(Reason::ENHANCE_YOUR_CALM) {
+        return TunnelError::Abuse(Arc::new(error));
+    }
     TunnelError::Protocol(Arc::new(error))
 }
 

@@ -4,7 +4,7 @@
 //! [`TunnelStream`] of two halves, polled by the relay. Another codec is another variant of these enums.
 
 use std::{
-    io,
+    io::{self, IoSlice, IoSliceMut},
     rc::Rc,
     sync::Arc,
     task::{Context, Poll},
@@ -13,23 +13,30 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::timeout,
 };
 
-use super::limits::Limits;
+use super::{buffers::Size, limits::Limits};
 use crate::telemetry::TunnelFailure;
 
 pub mod h2;
 pub mod headers;
+pub mod native;
 pub mod transport;
 
-/// Which implementation writes the tunnels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+use transport::{SecuredClient, SecuredServer};
+
+/// Which implementation writes the tunnels. Both speak the same protocol, so the two ends of a tunnel may differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub enum TunnelCodec {
-    /// The `h2` crate.
+    /// Our own.
     #[default]
+    Native,
+    /// The `h2` crate.
     H2,
 }
 
@@ -51,7 +58,11 @@ pub enum TunnelError {
     NoCertificate(#[from] crate::identity::CertificateError),
     /// HTTP/2 with the peer failed. Another endpoint may do.
     #[error("HTTP/2 with the peer failed: {0}")]
-    Protocol(#[source] Arc<::h2::Error>),
+    Protocol(#[source] Arc<dyn std::error::Error + Send + Sync>),
+    /// The peer did more of something than HTTP/2 needs, and its tunnel was closed. Look at the peer; it counts as
+    /// `tunnel_abuse` among the limits that were reached.
+    #[error("the peer exceeded a limit of HTTP/2: {0}")]
+    Abuse(#[source] Arc<dyn std::error::Error + Send + Sync>),
     /// The peer is going away or full and has not looked at the stream: another tunnel may take it.
     #[error("the peer takes no more streams on this tunnel")]
     NotTaken,
@@ -73,6 +84,7 @@ impl TunnelError {
             | Self::TimedOut(_)
             | Self::Tls(_)
             | Self::Protocol(_)
+            | Self::Abuse(_)
             | Self::NotTaken => true,
             Self::Refused(status) => status.is_server_error(),
             Self::NoCertificate(_) | Self::Limit => false,
@@ -87,7 +99,9 @@ impl TunnelError {
             Self::TimedOut(_) => TunnelFailure::TimedOut,
             Self::Tls(_) => TunnelFailure::Tls,
             Self::NoCertificate(_) => TunnelFailure::NoCertificate,
-            Self::Protocol(_) | Self::NotTaken | Self::Refused(_) => TunnelFailure::Http2,
+            Self::Protocol(_) | Self::Abuse(_) | Self::NotTaken | Self::Refused(_) => {
+                TunnelFailure::Http2
+            }
             Self::Limit => TunnelFailure::Limit,
         }
     }
@@ -117,26 +131,31 @@ pub type StreamWindow = Rc<dyn Fn() -> u32>;
 /// The client end of a tunnel. Cheap to clone; the tunnel closes when the last clone and the last stream are gone.
 #[derive(Debug, Clone)]
 pub enum TunnelClient {
+    /// By our own codec.
+    Native(native::Client),
     /// By the `h2` crate.
     H2(h2::Client),
 }
 
 impl TunnelClient {
-    /// Speaks the client's side of HTTP/2 on `io` and moves its bytes in a task of its own.
+    /// Speaks the client's side of HTTP/2 on a connection after its TLS handshake, and moves its bytes in a task of its
+    /// own. `socket` is for questions to the kernel about the connection.
     ///
     /// # Errors
     /// When the preface cannot be written.
     pub async fn handshake<T>(
-        codec: TunnelCodec,
-        io: T,
+        secured: SecuredClient<T>,
         limits: &Limits,
         socket: Option<Rc<std::os::fd::OwnedFd>>,
     ) -> Result<Self, TunnelError>
     where
         T: AsyncRead + AsyncWrite + Unpin + 'static,
     {
-        match codec {
-            TunnelCodec::H2 => h2::Client::handshake(io, limits, socket)
+        match secured {
+            SecuredClient::Native(session) => {
+                Ok(Self::Native(native::Client::start(session, limits, socket)))
+            }
+            SecuredClient::H2(stream) => h2::Client::handshake(*stream, limits, socket)
                 .await
                 .map(Self::H2),
         }
@@ -146,6 +165,7 @@ impl TunnelClient {
     #[must_use]
     pub fn is_open(&self) -> bool {
         match self {
+            Self::Native(client) => client.is_open(),
             Self::H2(client) => client.is_open(),
         }
     }
@@ -154,6 +174,7 @@ impl TunnelClient {
     #[must_use]
     pub fn peer_streams(&self) -> usize {
         match self {
+            Self::Native(client) => client.peer_streams(),
             Self::H2(client) => client.peer_streams(),
         }
     }
@@ -167,6 +188,7 @@ impl TunnelClient {
         request: ConnectRequest,
     ) -> Result<(TunnelStream, HeaderMap), TunnelError> {
         match self {
+            Self::Native(client) => client.open(request).await,
             Self::H2(client) => client.open(request).await,
         }
     }
@@ -174,7 +196,9 @@ impl TunnelClient {
     /// From now on grants streams the window that `window` says, open streams included.
     pub fn follow_window(&self, window: StreamWindow) {
         match self {
-            Self::H2(client) => client.follow_window(window),
+            Self::Native(client) => client.follow_window(window),
+            // The crate loses credit that is not yet due when a window shrinks, and such a stream stands still for ever.
+            Self::H2(_) => {}
         }
     }
 
@@ -182,6 +206,7 @@ impl TunnelClient {
     #[must_use]
     pub fn unanswered_for(&self) -> Duration {
         match self {
+            Self::Native(client) => client.unanswered_for(),
             Self::H2(client) => client.unanswered_for(),
         }
     }
@@ -190,6 +215,7 @@ impl TunnelClient {
     #[must_use]
     pub fn tcp_statistics(&self) -> Option<crate::sys::socket::TcpStatistics> {
         match self {
+            Self::Native(client) => client.tcp_statistics(),
             Self::H2(client) => client.tcp_statistics(),
         }
     }
@@ -198,8 +224,10 @@ impl TunnelClient {
 /// The server end of a tunnel. It moves bytes only while [`TunnelServer::accept`] is awaited.
 #[derive(Debug)]
 pub enum TunnelServer<T> {
+    /// By our own codec.
+    Native(native::Server),
     /// By the `h2` crate.
-    H2(Box<h2::Server<T>>),
+    H2(Box<h2::Server<transport::ServerStream<T>>>),
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> TunnelServer<T> {
@@ -210,13 +238,15 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TunnelServer<T> {
     /// # Errors
     /// When the client does not speak HTTP/2, or says nothing.
     pub async fn handshake(
-        codec: TunnelCodec,
-        io: T,
+        secured: SecuredServer<T>,
         limits: &Limits,
     ) -> Result<Self, TunnelError> {
         let handshake = async {
-            match codec {
-                TunnelCodec::H2 => h2::Server::handshake(io, limits)
+            match secured {
+                SecuredServer::Native(session) => native::Server::handshake(session, limits)
+                    .await
+                    .map(Self::Native),
+                SecuredServer::H2(stream) => h2::Server::handshake(*stream, limits)
                     .await
                     .map(|server| Self::H2(Box::new(server))),
             }
@@ -233,6 +263,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TunnelServer<T> {
     /// When the peer broke the protocol, stopped answering or vanished. The tunnel is over then.
     pub async fn accept(&mut self) -> Option<Result<Incoming, TunnelError>> {
         match self {
+            Self::Native(server) => server.accept().await,
             Self::H2(server) => server.accept().await,
         }
     }
@@ -240,13 +271,16 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TunnelServer<T> {
     /// From now on grants streams the window that `window` says, open streams included.
     pub fn follow_window(&mut self, window: StreamWindow) {
         match self {
-            Self::H2(server) => server.follow_window(window),
+            Self::Native(server) => server.follow_window(window),
+            // As above.
+            Self::H2(_) => {}
         }
     }
 
     /// Asks the client to open no more streams (GOAWAY); those that are open go on.
     pub fn shut_down(&mut self) {
         match self {
+            Self::Native(server) => server.shut_down(),
             Self::H2(server) => server.shut_down(),
         }
     }
@@ -262,10 +296,18 @@ pub struct Incoming {
 
 #[derive(Debug)]
 enum Responder {
+    Native(native::Responder),
     H2(h2::Responder),
 }
 
 impl Incoming {
+    fn native(request: http::request::Parts, respond: native::Responder) -> Self {
+        Self {
+            request,
+            respond: Responder::Native(respond),
+        }
+    }
+
     fn h2(request: http::request::Parts, respond: h2::Responder) -> Self {
         Self {
             request,
@@ -276,6 +318,7 @@ impl Incoming {
     /// Answers with an error and ends the stream.
     pub fn refuse(self, status: StatusCode) {
         match self.respond {
+            Responder::Native(respond) => respond.refuse(status),
             Responder::H2(respond) => respond.refuse(status),
         }
     }
@@ -284,6 +327,7 @@ impl Incoming {
     /// another tunnel or elsewhere.
     pub fn turn_away(self) {
         match self.respond {
+            Responder::Native(respond) => respond.turn_away(),
             Responder::H2(respond) => respond.turn_away(),
         }
     }
@@ -294,6 +338,7 @@ impl Incoming {
     /// When the stream is gone already.
     pub fn accept(self, headers: HeaderMap) -> Result<TunnelStream, StreamError> {
         match self.respond {
+            Responder::Native(respond) => respond.accept(&headers),
             Responder::H2(respond) => respond.accept(headers),
         }
     }
@@ -301,6 +346,7 @@ impl Incoming {
     /// Waits until the client gives the request up.
     pub async fn abandoned(&mut self) {
         match &mut self.respond {
+            Responder::Native(respond) => respond.abandoned().await,
             Responder::H2(respond) => respond.abandoned().await,
         }
     }
@@ -319,40 +365,36 @@ pub struct TunnelStream {
 /// The sending half.
 #[derive(Debug)]
 pub enum TunnelSend {
+    /// By our own codec.
+    Native(native::Send),
     /// By the `h2` crate.
     H2(h2::Send),
 }
 
 impl TunnelSend {
-    /// How many bytes may be sent now, at most `wanted`; pending while the peer's windows are closed. Bytes that are
-    /// ready to be sent but are not must be given back with [`TunnelSend::release`].
+    /// Has `read` read into memory that is then sent: about `size` bytes, or fewer where the peer's windows allow no
+    /// more; pending while they allow nothing. Returns what `read` returned; after an error or 0 nothing is sent.
     ///
     /// # Errors
     /// When the stream was reset or the tunnel is gone.
-    pub fn poll_room(
+    pub fn poll_read_from(
         &mut self,
         cx: &mut Context<'_>,
-        wanted: usize,
-    ) -> Poll<Result<usize, StreamError>> {
+        size: Size,
+        read: impl FnOnce(&mut [IoSliceMut<'_>]) -> io::Result<usize>,
+    ) -> Poll<Result<io::Result<usize>, StreamError>> {
         match self {
-            Self::H2(send) => send.poll_room(cx, wanted),
+            Self::Native(send) => send.poll_read_from(cx, size, read),
+            Self::H2(send) => send.poll_read_from(cx, size, read),
         }
     }
 
-    /// Gives back room that will not be used now, so that neighbours may use it.
+    /// Gives back what was reserved for bytes that do not come now, so that neighbours may use it.
     pub fn release(&mut self) {
         match self {
+            // Reserves nothing.
+            Self::Native(_) => {}
             Self::H2(send) => send.release(),
-        }
-    }
-
-    /// Sends bytes, no more than there was room for.
-    ///
-    /// # Errors
-    /// When the stream was reset or the tunnel is gone.
-    pub fn send(&mut self, bytes: Bytes) -> Result<(), StreamError> {
-        match self {
-            Self::H2(send) => send.send(bytes),
         }
     }
 
@@ -362,6 +404,7 @@ impl TunnelSend {
     /// When the stream was reset or the tunnel is gone.
     pub fn finish(&mut self) -> Result<(), StreamError> {
         match self {
+            Self::Native(send) => send.finish(),
             Self::H2(send) => send.finish(),
         }
     }
@@ -369,6 +412,7 @@ impl TunnelSend {
     /// Ends both directions at once, unsent bytes dropped (RST_STREAM, CANCEL).
     pub fn reset(&mut self) {
         match self {
+            Self::Native(send) => send.reset(),
             Self::H2(send) => send.reset(),
         }
     }
@@ -376,6 +420,7 @@ impl TunnelSend {
     /// Ready when no sent bytes wait in the tunnel any more, or never will again.
     pub fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self {
+            Self::Native(send) => send.poll_flushed(cx),
             Self::H2(send) => send.poll_flushed(cx),
         }
     }
@@ -383,6 +428,7 @@ impl TunnelSend {
     /// Ready when the peer reset the stream or the tunnel is gone.
     pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
         match self {
+            Self::Native(send) => send.poll_reset(cx),
             Self::H2(send) => send.poll_reset(cx),
         }
     }
@@ -391,6 +437,8 @@ impl TunnelSend {
 /// The receiving half.
 #[derive(Debug)]
 pub enum TunnelReceive {
+    /// By our own codec.
+    Native(native::Receive),
     /// By the `h2` crate.
     H2(h2::Receive),
 }
@@ -403,6 +451,7 @@ impl TunnelReceive {
     /// When the stream was reset or the tunnel is gone; bytes that came before are given out first.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, StreamError>>> {
         match self {
+            Self::Native(receive) => receive.poll_data(cx),
             Self::H2(receive) => receive.poll_data(cx),
         }
     }
@@ -410,9 +459,37 @@ impl TunnelReceive {
     /// Opens the window again by `bytes` that were passed on.
     pub fn consumed(&mut self, bytes: usize) {
         match self {
+            Self::Native(receive) => receive.consumed(bytes),
             Self::H2(receive) => receive.consumed(bytes),
         }
     }
+
+    /// Offers a way past [`TunnelReceive::poll_data`]: bytes may go to `sink` as they come, and then count as consumed.
+    /// Dropping this half takes the offer back.
+    pub fn attach(&mut self, sink: Rc<dyn DirectSink>) {
+        match self {
+            Self::Native(receive) => receive.attach(sink),
+            Self::H2(_) => {}
+        }
+    }
+
+    /// Whether the sink has failed; it gets nothing more then.
+    #[must_use]
+    pub fn sink_failed(&self) -> bool {
+        match self {
+            Self::Native(receive) => receive.sink_failed(),
+            Self::H2(_) => false,
+        }
+    }
+}
+
+/// Takes received bytes without waiting.
+pub trait DirectSink {
+    /// Writes as much as goes at once.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] when nothing goes now; anything else when nothing ever will.
+    fn write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize>;
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! What lies below HTTP/2: TLS over a socket that is read in large pieces.
+//! What lies below HTTP/2: TLS, by the codec that will speak above it; for the `h2` crate over a socket that is read in
+//! large pieces.
 
 use std::{
     io,
@@ -7,31 +8,114 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use rustls::ServerConfig;
+use rustls::{
+    ClientConfig, ServerConfig,
+    pki_types::{CertificateDer, ServerName},
+};
 use tokio::{
     io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf},
     time::{Instant, timeout_at},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
-use super::TunnelError;
+use super::{TunnelCodec, TunnelError, native::Session};
 use crate::proxy::buffers::{Buffer, Size};
+
+/// A client's stream of the `h2` crate.
+pub type ClientStream<S> = client::TlsStream<ReadAhead<S>>;
+/// A server's stream of the `h2` crate.
+pub type ServerStream<S> = server::TlsStream<ReadAhead<S>>;
+
+/// A client's connection whose server is who it should be.
+#[derive(Debug)]
+pub enum SecuredClient<S> {
+    /// For our own codec.
+    Native(Session),
+    /// For the `h2` crate.
+    H2(Box<ClientStream<S>>),
+}
+
+/// A server's connection whose client has shown a certificate.
+#[derive(Debug)]
+pub enum SecuredServer<S> {
+    /// For our own codec.
+    Native(Session),
+    /// For the `h2` crate.
+    H2(Box<ServerStream<S>>),
+}
+
+impl<S> SecuredServer<S> {
+    /// The client's certificates, leaf first.
+    #[must_use]
+    pub fn peer_certificates(&self) -> Option<&[CertificateDer<'static>]> {
+        match self {
+            Self::Native(session) => session.peer_certificates(),
+            Self::H2(stream) => stream.get_ref().1.peer_certificates(),
+        }
+    }
+}
+
+/// The client's side of a TLS handshake, over when `deadline` is.
+///
+/// # Errors
+/// When the server does not finish it in time, or is not who `config` expects.
+pub async fn connect_tls<S>(
+    codec: TunnelCodec,
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+    socket: S,
+    deadline: Instant,
+) -> Result<SecuredClient<S>, TunnelError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
+{
+    let connect = async {
+        match codec {
+            TunnelCodec::Native => Session::connect(config, name, Box::new(socket))
+                .await
+                .map(SecuredClient::Native),
+            TunnelCodec::H2 => TlsConnector::from(config)
+                .connect(name, ReadAhead::new(socket))
+                .await
+                .map(|stream| SecuredClient::H2(Box::new(stream))),
+        }
+    };
+    in_time(connect, deadline).await
+}
 
 /// The server's side of a TLS handshake, over when `deadline` is: a silent or dribbling client must not stay.
 ///
 /// # Errors
 /// When the client does not finish it in time, or has no certificate that `config` accepts.
 pub async fn accept_tls<S>(
+    codec: TunnelCodec,
     config: Arc<ServerConfig>,
     socket: S,
     deadline: Instant,
-) -> Result<TlsStream<ReadAhead<S>>, TunnelError>
+) -> Result<SecuredServer<S>, TunnelError>
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
 {
-    let accept = TlsAcceptor::from(config).accept(ReadAhead::new(socket));
-    match timeout_at(deadline, accept).await {
-        Ok(Ok(stream)) => Ok(stream),
+    let accept = async {
+        match codec {
+            TunnelCodec::Native => Session::accept(config, Box::new(socket))
+                .await
+                .map(SecuredServer::Native),
+            TunnelCodec::H2 => TlsAcceptor::from(config)
+                .accept(ReadAhead::new(socket))
+                .await
+                .map(|stream| SecuredServer::H2(Box::new(stream))),
+        }
+    };
+    in_time(accept, deadline).await
+}
+
+async fn in_time<T>(
+    handshake: impl Future<Output = io::Result<T>>,
+    deadline: Instant,
+) -> Result<T, TunnelError> {
+    match timeout_at(deadline, handshake).await {
+        Ok(Ok(secured)) => Ok(secured),
         Ok(Err(error)) => Err(TunnelError::Tls(Arc::new(error))),
         Err(_) => Err(TunnelError::TimedOut("finish the TLS handshake")),
     }
@@ -76,7 +160,9 @@ impl<S: AsyncRead + Unpin> AsyncBufRead for ReadAhead<S> {
                 return Poll::Ready(Ok(&[]));
             }
             buffer.set_filled(filled);
-            this.size = this.size.after_read(filled, Size::Medium);
+            this.size = this
+                .size
+                .after_read(filled, this.size.bytes(), Size::Medium);
             this.start = 0;
             this.buffer = Some(buffer);
         }
@@ -149,7 +235,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for ReadAhead<S> {
 mod tests {
     use std::time::Duration;
 
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use rustls::pki_types::PrivateKeyDer;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, duplex},
         time::sleep,
@@ -157,6 +243,7 @@ mod tests {
 
     use super::*;
 
+    const CODECS: [TunnelCodec; 2] = [TunnelCodec::Native, TunnelCodec::H2];
     const DEADLINE: Duration = Duration::from_secs(10);
 
     fn config() -> Arc<ServerConfig> {
@@ -177,42 +264,48 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_silent_client_is_gone_at_the_deadline() {
-        let (_silent, near) = duplex(64 << 10);
-        let began = Instant::now();
-        let result = accept_tls(config(), near, began + DEADLINE).await;
-        assert!(matches!(result, Err(TunnelError::TimedOut(_))));
-        assert_eq!(began.elapsed(), DEADLINE);
+        for codec in CODECS {
+            let (_silent, near) = duplex(64 << 10);
+            let began = Instant::now();
+            let result = accept_tls(codec, config(), near, began + DEADLINE).await;
+            assert!(matches!(result, Err(TunnelError::TimedOut(_))));
+            assert_eq!(began.elapsed(), DEADLINE);
+        }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_dribbles_is_gone_at_the_same_deadline() {
-        let (mut far, near) = duplex(64 << 10);
-        let began = Instant::now();
-        let dribble = async {
-            // A record header that promises 512 bytes, then one byte each second (RFC 8446 section 5.1).
-            far.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252])
-                .await
-                .expect("open");
-            while far.write_all(&[3]).await.is_ok() {
-                sleep(Duration::from_secs(1)).await;
-            }
-        };
-        let accept = accept_tls(config(), near, began + DEADLINE);
-        let (result, ()) = futures::future::join(accept, dribble).await;
-        assert!(matches!(result, Err(TunnelError::TimedOut(_))));
-        assert!(began.elapsed() <= DEADLINE + Duration::from_secs(1));
+        for codec in CODECS {
+            let (mut far, near) = duplex(64 << 10);
+            let began = Instant::now();
+            let dribble = async {
+                // A record header that promises 512 bytes, then one byte each second (RFC 8446 section 5.1).
+                far.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252])
+                    .await
+                    .expect("open");
+                while far.write_all(&[3]).await.is_ok() {
+                    sleep(Duration::from_secs(1)).await;
+                }
+            };
+            let accept = accept_tls(codec, config(), near, began + DEADLINE);
+            let (result, ()) = futures::future::join(accept, dribble).await;
+            assert!(matches!(result, Err(TunnelError::TimedOut(_))));
+            assert!(began.elapsed() <= DEADLINE + Duration::from_secs(1));
+        }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_speaks_no_tls_is_refused_at_once() {
-        let (mut far, near) = duplex(64 << 10);
-        far.write_all(b"GET / HTTP/1.1\r\n\r\n")
-            .await
-            .expect("open");
-        let began = Instant::now();
-        let result = accept_tls(config(), near, began + DEADLINE).await;
-        assert!(matches!(result, Err(TunnelError::Tls(_))));
-        assert_eq!(began.elapsed(), Duration::ZERO);
+        for codec in CODECS {
+            let (mut far, near) = duplex(64 << 10);
+            far.write_all(b"GET / HTTP/1.1\r\n\r\n")
+                .await
+                .expect("open");
+            let began = Instant::now();
+            let result = accept_tls(codec, config(), near, began + DEADLINE).await;
+            assert!(matches!(result, Err(TunnelError::Tls(_))));
+            assert_eq!(began.elapsed(), Duration::ZERO);
+        }
     }
 
     #[tokio::test]

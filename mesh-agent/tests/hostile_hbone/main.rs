@@ -7,6 +7,7 @@ mod floods;
 mod interop;
 mod peer;
 mod raw;
+mod silence;
 
 use std::{future::Future, net::SocketAddr, path::Path};
 

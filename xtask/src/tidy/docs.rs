@@ -7,8 +7,8 @@ use super::{
     lexer::{code_of, is_word, words},
 };
 
-/// The table of promises: every row names a test.
-const GUARANTEES: &str = "docs/guarantees.md";
+/// The documents whose tables are promises.
+const PROMISES: [&str; 2] = ["docs/guarantees.md", "docs/limits.md"];
 /// What attackers may do; it names tests too, but not in every table.
 const THREAT_MODEL: &str = "docs/threat-model.md";
 
@@ -49,7 +49,7 @@ pub fn named_tests(sources: &[Source]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for document in sources {
         match document.name().as_str() {
-            GUARANTEES => findings.extend(promises(document)),
+            name if PROMISES.contains(&name) => findings.extend(promises(document)),
             THREAT_MODEL => {}
             _ => continue,
         }
@@ -172,7 +172,7 @@ mod tests {
         let document = "| Promise | Test |\n|---|---|\n| a | `tests/tests/x.rs::holds` |\n| b | `tests/tests/x.rs::gone` |\n| c | soon |\n\nProse about `x.rs`.\n";
         let threats = "| Boundary | Test |\n|---|---|\n| a | `tests/tests/x.rs::holds`, `x::gone` |\n| b | none |\n";
         let sources = [
-            source(GUARANTEES, document),
+            source(PROMISES[0], document),
             source(THREAT_MODEL, threats),
             source("docs/other.md", "`tests/tests/x.rs::gone`\n"),
             source(

@@ -268,6 +268,7 @@ impl<X: Default> Connection<X> {
         self.count_empty(now)?;
         if head.has(flag::ACK) {
             self.decoder.allow(0);
+            self.settings_acknowledged();
             return Ok(None);
         }
         for pair in payload.chunks_exact(6) {

@@ -6,6 +6,7 @@
 
 mod figures;
 mod measure;
+mod mixed;
 mod peer;
 mod report;
 mod scene;
@@ -16,15 +17,19 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use mesh_tests::programs;
+use mesh_tests::{
+    peer::{Part, Peer},
+    programs,
+};
 use nix::unistd::Pid;
 
 use self::{
     figures::{Audience, Figure},
     measure::{MEASUREMENTS, Measurement, Settings},
-    peer::{Peer, PeerOption},
+    mixed::Mixed,
+    peer::PeerOption,
     report::Samples,
-    scene::Scene,
+    scene::{FAR, NEAR, Scene},
     weft::Weft,
 };
 use crate::{build, shell};
@@ -51,6 +56,11 @@ pub struct Options {
     #[arg(long, value_name = "NAME=SCRIPT")]
     peer: Vec<PeerOption>,
 
+    /// Also measure Weft on one node and another mesh on the other, both ways round: `weft-NAME`, whose clients are
+    /// Weft's, and `NAME-weft`; may be repeated
+    #[arg(long, value_name = "NAME=SCRIPT")]
+    mixed: Vec<PeerOption>,
+
     /// Write the figures to this file, as a list of JSON objects
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -62,14 +72,28 @@ enum Variant {
     Direct,
     Weft,
     Peer(PeerOption),
+    /// Weft on this node, the peer on the other.
+    Mixed(PeerOption, &'static str),
 }
 
 impl Variant {
-    fn name(&self) -> &str {
+    fn all(options: &Options) -> Vec<Self> {
+        let mut variants = vec![Self::Direct, Self::Weft];
+        variants.extend(options.peer.iter().cloned().map(Self::Peer));
+        for peer in &options.mixed {
+            variants.extend([NEAR, FAR].map(|weft| Self::Mixed(peer.clone(), weft)));
+        }
+        variants
+    }
+
+    fn name(&self) -> String {
+        let peer = |peer: &PeerOption| peer.name.clone();
         match self {
-            Self::Direct => figures::DIRECT,
-            Self::Weft => figures::WEFT,
-            Self::Peer(peer) => &peer.name,
+            Self::Direct => figures::DIRECT.to_owned(),
+            Self::Weft => figures::WEFT.to_owned(),
+            Self::Peer(option) => peer(option),
+            Self::Mixed(option, NEAR) => format!("{}-{}", figures::WEFT, peer(option)),
+            Self::Mixed(option, _) => format!("{}-{}", peer(option), figures::WEFT),
         }
     }
 
@@ -88,6 +112,7 @@ enum Mesh {
     Direct,
     Weft(Box<Weft>),
     Peer(Peer),
+    Mixed(Box<Mixed>),
 }
 
 impl Mesh {
@@ -96,7 +121,10 @@ impl Mesh {
         Ok(match variant {
             Variant::Direct => Self::Direct,
             Variant::Weft => Self::Weft(Box::new(Weft::up(scene)?)),
-            Variant::Peer(option) => Self::Peer(Peer::up(option, scene)?),
+            Variant::Peer(option) => Self::Peer(Peer::up(&option.script, &scene.lab, Part::Whole)?),
+            Variant::Mixed(option, weft) => {
+                Self::Mixed(Box::new(Mixed::up(&option.script, scene, weft)?))
+            }
         })
     }
 
@@ -106,6 +134,7 @@ impl Mesh {
             Self::Direct => Ok(Vec::new()),
             Self::Weft(weft) => Ok(weft.agents()),
             Self::Peer(peer) => peer.proxies(),
+            Self::Mixed(mixed) => mixed.proxies(),
         }
     }
 
@@ -113,7 +142,8 @@ impl Mesh {
     fn down(self, scene: &Scene) -> Result<()> {
         match self {
             Self::Direct | Self::Weft(_) => Ok(()),
-            Self::Peer(peer) => peer.down(scene),
+            Self::Peer(peer) => peer.down(&scene.lab),
+            Self::Mixed(mixed) => mixed.down(scene),
         }
     }
 }
@@ -126,8 +156,8 @@ pub fn run(options: &Options) -> Result<()> {
     if env::var_os(programs::DIRECTORY_VARIABLE).is_none() {
         return with_release_programs();
     }
-    let mut variants = vec![Variant::Direct, Variant::Weft];
-    variants.extend(options.peer.iter().cloned().map(Variant::Peer));
+    let mut variants = Variant::all(options);
+    let names: Vec<String> = variants.iter().map(Variant::name).collect();
     let wanted: Vec<&'static Figure> = if options.figures.is_empty() {
         figures::FIGURES.iter().collect()
     } else {
@@ -170,7 +200,8 @@ pub fn run(options: &Options) -> Result<()> {
             }
         }
     }
-    finish(options, &wanted, &samples, &failures)
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    finish(options, &wanted, &names, &samples, &failures)
 }
 
 /// Builds and starts this command again with the folder of what was built: the lab finds the programs by it.
@@ -205,11 +236,8 @@ fn pass(
                     .collect();
                 eprintln!("{}", shown.join(", "));
                 for value in values {
-                    samples.add(
-                        value.figure,
-                        value.variant.unwrap_or(variant.name()),
-                        value.value,
-                    );
+                    let name = value.variant.map_or_else(|| variant.name(), str::to_owned);
+                    samples.add(value.figure, &name, value.value);
                 }
             }
             Err(error) => {
@@ -224,13 +252,12 @@ fn pass(
 fn finish(
     options: &Options,
     wanted: &[&'static Figure],
+    names: &[&str],
     samples: &Samples,
     failures: &[String],
 ) -> Result<()> {
-    let mut names = vec![figures::DIRECT, figures::WEFT];
-    names.extend(options.peer.iter().map(|peer| peer.name.as_str()));
-    let rows = report::rows(wanted, &names, samples);
-    print!("{}", report::table(wanted, &names, &rows));
+    let rows = report::rows(wanted, names, samples);
+    print!("{}", report::table(wanted, names, &rows));
     if let Some(path) = &options.json {
         let text = serde_json::to_string_pretty(&rows)? + "\n";
         fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use mesh_tests::{
-    lab::Node,
+    lab::{Lab, Node},
     load::connect::FirstAnswer,
     manifests,
     mesh::{Mesh, MeshSpec},
@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use super::scene::{CLIENT, ECHO, FAR, NEAR, SERVER, Scene};
 
 /// How long a probe may wait for its first answer, beyond the limit that it has itself.
-const PROBE_LIMIT: Duration = Duration::from_secs(60);
+pub const PROBE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Weft, running.
 #[derive(Debug)]
@@ -39,19 +39,7 @@ impl Weft {
     /// A program fails or is not ready in time.
     pub fn up(scene: &Scene) -> Result<Self> {
         let (lab, near, far) = (&scene.lab, scene.lab.node(NEAR)?, scene.lab.node(FAR)?);
-        let mut mesh = Mesh::prepare(lab, MeshSpec::default())?;
-        mesh.write_pods(lab)?;
-        let strict = json!({"mtls": {"mode": "STRICT"}});
-        mesh.manifests.write(
-            "mesh",
-            &[manifests::policy(
-                "MeshPolicy",
-                "weft-system",
-                "default",
-                strict,
-            )],
-        )?;
-        mesh.start_control(lab)?;
+        let mut mesh = control_plane(lab)?;
         mesh.start_agent(lab, far)?;
         mesh.wait_ready(lab, far)?;
         for pod in &far.pods {
@@ -104,6 +92,17 @@ impl Weft {
     }
 }
 
+/// A control plane that knows the lab's pods and allows no plaintext, so that nothing is answered past the mesh.
+pub fn control_plane(lab: &Lab) -> Result<Mesh> {
+    let mut mesh = Mesh::prepare(lab, MeshSpec::default())?;
+    mesh.write_pods(lab)?;
+    let strict = json!({"mtls": {"mode": "STRICT"}});
+    let strict = manifests::policy("MeshPolicy", "weft-system", "default", strict);
+    mesh.manifests.write("mesh", &[strict])?;
+    mesh.start_control(lab)?;
+    Ok(mesh)
+}
+
 fn workloads_config(node: &Node) -> Value {
     let meshed = node.pods.iter().filter(|pod| pod.spec.meshed);
     let workloads: Vec<Value> = meshed
@@ -120,7 +119,7 @@ fn workloads_config(node: &Node) -> Value {
 }
 
 /// A client in the client's pod that tries until the far server answers. It is started before what it waits for.
-fn probe(scene: &Scene) -> Result<Running> {
+pub fn probe(scene: &Scene) -> Result<Running> {
     let client = scene.client("first-answer", scene.at(SERVER, ECHO)?, &[]);
     scene.lab.spawn(scene.pod(CLIENT)?, &client)
 }

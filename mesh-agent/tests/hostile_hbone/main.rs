@@ -2,9 +2,13 @@
 //! description alone, with a certificate of the mesh. Needs root.
 
 mod attacks;
+mod clients;
+mod control;
 mod interop;
+mod istio_wire;
 mod peer;
 mod raw;
+mod servers;
 
 use std::{future::Future, net::SocketAddr, path::Path};
 

@@ -24,7 +24,7 @@ mod manager;
 pub mod steering;
 mod verdicts;
 
-pub use dial::set_common_options;
+pub use dial::Keepalive;
 pub use error::CaptureError;
 pub use manager::{Capture, Enrolled, Record, undo_record};
 pub use verdicts::{Verdict, Verdicts};
@@ -47,6 +47,8 @@ pub struct LocalWorkload {
     pub netns: Arc<Netns>,
     /// Addresses of that namespace when it was enrolled, loopback and link-local ones left out.
     pub addresses: Vec<IpAddr>,
+    /// How its sockets find out that their peer has gone.
+    pub keepalive: Keepalive,
     /// What discovery says of it; absent until the control plane has told. Kept current by `lifecycle`.
     pub workload: ArcSwapOption<Workload>,
     /// Connections open now, inbound and outbound.
@@ -102,6 +104,8 @@ pub struct DialOptions {
     /// Show this address to the peer instead of the namespace's own (inbound: the client's). Its port is none that
     /// the client itself would use.
     pub source: Option<IpAddr>,
+    /// Largest segment, bytes without headers, that either end shall send; `None` is what the interfaces carry.
+    pub max_segment: Option<u32>,
 }
 
 /// Makes a socket inside the workload's namespace and connects it. The socket is recognised by the kernel programs

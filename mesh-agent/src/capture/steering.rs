@@ -1,5 +1,6 @@
 //! What capture needs inside a workload's namespace: one policy rule and one local route per address family, and the
-//! sysctls that let replies of spoofed connections find their way. All of it is undone on un-enrolment.
+//! sysctls that let replies of spoofed connections, and tunnels over paths that lose large packets, find their way.
+//! All of it is undone on un-enrolment.
 
 use std::{
     collections::BTreeMap,
@@ -31,11 +32,19 @@ const LOOPBACK_INDEX: u32 = 1;
 /// to the agent (Documentation/networking/ip-sysctl.rst). `tcp_fwmark_accept`, one switch for both address families,
 /// does so for accepted sockets; `fwmark_reflect` for what the kernel answers without a socket: without it the RST
 /// of a closed port leaves the namespace, and a refused connection looks like a timeout.
-const SYSCTLS: [&str; 3] = [
+///
+/// `tcp_mtu_probing` makes TCP, over either family, send smaller segments when large ones vanish without ICMP's telling
+/// so (RFC 4821; net/ipv4/tcp_timer.c, `tcp_mtu_probing`): after some seconds without an acknowledgement. There is no
+/// option of a single socket for it. 1, "only when packets vanish": 2 begins every connection with small segments, those
+/// over loopback too.
+const SYSCTLS: [&str; 4] = [
     "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/tcp_mtu_probing",
     "/proc/sys/net/ipv4/fwmark_reflect",
     "/proc/sys/net/ipv6/fwmark_reflect",
 ];
+/// All of [`SYSCTLS`] are on with any value but this.
+const OFF: &str = "0";
 /// The one of [`SYSCTLS`] that a kernel without IPv6 lacks.
 const IPV6_SYSCTLS: &str = "/proc/sys/net/ipv6/";
 
@@ -48,7 +57,15 @@ impl FormerSysctls {
     /// The kernel's own defaults, for when nobody knows the former values.
     #[must_use]
     pub fn kernel_defaults() -> Self {
-        Self(SYSCTLS.map(|path| (path.to_owned(), "0".to_owned())).into())
+        Self(SYSCTLS.map(|path| (path.to_owned(), OFF.to_owned())).into())
+    }
+
+    /// What was recorded first counts; `found` has what an earlier agent did not know of.
+    #[must_use]
+    pub fn or(&self, found: &Self) -> Self {
+        let mut all = found.0.clone();
+        all.extend(self.0.clone());
+        Self(all)
     }
 }
 
@@ -114,7 +131,7 @@ pub async fn mend(netns: &Netns, addresses: &[IpAddr]) -> Result<bool, CaptureEr
             done(added, libc::EEXIST).map_err(failure(netns, "put back the capture route"))?;
     }
     let found = set_sysctls(netns)?;
-    was_missing |= found.0.values().any(|value| value != "1");
+    was_missing |= found.0.values().any(|value| value == OFF);
     Ok(was_missing)
 }
 
@@ -160,7 +177,10 @@ fn set_sysctls(netns: &Netns) -> Result<FormerSysctls, CaptureError> {
             }
             Err(error) => return Err(CaptureError::file("read", path)(error)),
         };
-        in_namespace(netns, || fs::write(path, "1"))?.map_err(CaptureError::file("set", path))?;
+        if value.trim() == OFF {
+            in_namespace(netns, || fs::write(path, "1"))?
+                .map_err(CaptureError::file("set", path))?;
+        }
         former.0.insert(path.to_owned(), value.trim().to_owned());
     }
     Ok(former)

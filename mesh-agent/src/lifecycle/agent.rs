@@ -425,6 +425,7 @@ impl Agent {
         is_active: bool,
     ) -> Result<Arc<Self>, AgentError> {
         log_kernel_messages(&mut capture);
+        let capture = capture.with_keepalive(config.proxy.keepalive.keepalive());
         let is_active = Arc::new(AtomicBool::new(is_active));
         let runtime = tokio::runtime::Handle::current();
         let telemetry = Telemetry::new(env!("CARGO_PKG_VERSION"));
@@ -461,7 +462,7 @@ impl Agent {
             certificates: certificates.clone(),
             telemetry: telemetry.clone(),
             verdicts: capture.verdicts(),
-            limits: Arc::new(Limits::for_this_process().with_room_for(config.kernel.flows_max)),
+            limits: Arc::new(limits(&config)),
             node: config.node.name.as_str().into(),
             codec: TunnelCodec::default(),
         };
@@ -491,6 +492,15 @@ impl Agent {
             missing: Mutex::default(),
         }))
     }
+}
+
+/// The process's limits with what the configuration says of them.
+fn limits(config: &AgentConfig) -> Limits {
+    let mut limits = Limits::for_this_process().with_room_for(config.kernel.flows_max);
+    let ping = &config.proxy.tunnel_ping;
+    limits.time.ping_interval = Duration::from_secs(ping.interval_seconds);
+    limits.time.ping_timeout = Duration::from_secs(ping.timeout_seconds);
+    limits
 }
 
 /// How often a draining agent tells how many connections it has.

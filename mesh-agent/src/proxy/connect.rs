@@ -1,14 +1,21 @@
 //! How a worker's pool makes tunnels: dial from the workload's namespace, TLS with its certificate, HTTP/2.
 
-use std::{os::fd::AsFd, rc::Rc, sync::Arc};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    rc::Rc,
+    sync::Arc,
+};
 
 use rustls::pki_types::ServerName;
-use tokio::time::{Instant, timeout_at};
-use tokio_rustls::TlsConnector;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep, timeout_at},
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
     ProxyContext,
-    limits::Limits,
+    limits::{Limits, NARROW_SEGMENT_BYTES, VANISHED_AFTER, VANISHED_LOOK},
     pool::{Connector, PoolEvent, PoolKey, Pooled},
     tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::ReadAhead},
 };
@@ -17,7 +24,7 @@ use crate::{
     identity::Certified,
     sys::{
         netns::duplicate,
-        socket::{SharedStatistics, TcpStatistics},
+        socket::{SharedStatistics, TcpStatistics, unanswered_for},
     },
     telemetry::{Direction, Limit, Telemetry, metrics::TunnelGuard},
 };
@@ -58,16 +65,39 @@ impl Dialer {
     async fn set_up(&self, key: &PoolKey, source: &Source) -> Result<Tunnel, TunnelError> {
         // For all steps together.
         let deadline = Instant::now() + self.limits.time.connect;
-        let dialled = timeout_at(
-            deadline,
-            dial(
-                &source.local,
-                key.destination,
-                DialOptions {
-                    source: key.source_address,
-                },
-            ),
-        );
+        let secured = match self.secure(key, source, deadline, None).await? {
+            Some(secured) => Some(secured),
+            None => {
+                tracing::debug!(destination = %key.destination, "large segments vanish; sending small ones");
+                let narrow = Some(NARROW_SEGMENT_BYTES);
+                self.secure(key, source, deadline, narrow).await?
+            }
+        };
+        let (stream, measured) = secured.ok_or(TunnelError::TimedOut(SHAKE))?;
+        let greeted = TunnelClient::handshake(self.codec, stream, &self.limits, measured);
+        let client = timeout_at(deadline, greeted)
+            .await
+            .map_err(|_| TunnelError::TimedOut("take the HTTP/2 preface"))??;
+        Ok(Tunnel {
+            client,
+            statistics: Rc::default(),
+            _open: Rc::new(self.telemetry.tunnels.open(Direction::Outbound)),
+        })
+    }
+
+    /// Dials and shakes hands. `None`, without `max_segment` only: the path swallows what we send.
+    async fn secure(
+        &self,
+        key: &PoolKey,
+        source: &Source,
+        deadline: Instant,
+        max_segment: Option<u32>,
+    ) -> Result<Option<Secured>, TunnelError> {
+        let options = DialOptions {
+            source: key.source_address,
+            max_segment,
+        };
+        let dialled = timeout_at(deadline, dial(&source.local, key.destination, options));
         let socket = dialled
             .await
             .map_err(|_| TunnelError::TimedOut("accept the connection"))?
@@ -80,21 +110,38 @@ impl Dialer {
             deadline.min(began + self.limits.time.handshake),
             connector.connect(self.name.clone(), ReadAhead::new(socket)),
         );
+        let watched = measured.as_deref().filter(|_| max_segment.is_none());
+        let shaken = tokio::select! {
+            shaken = shaken => shaken,
+            () = vanishes(watched) => return Ok(None),
+        };
         let stream = shaken
-            .await
-            .map_err(|_| TunnelError::TimedOut("finish the TLS handshake"))?
+            .map_err(|_| TunnelError::TimedOut(SHAKE))?
             .map_err(|error| TunnelError::Tls(Arc::new(error)))?;
         self.telemetry
             .observe_handshake(Direction::Outbound, began.elapsed());
-        let greeted = TunnelClient::handshake(self.codec, stream, &self.limits, measured);
-        let client = timeout_at(deadline, greeted)
-            .await
-            .map_err(|_| TunnelError::TimedOut("take the HTTP/2 preface"))??;
-        Ok(Tunnel {
-            client,
-            statistics: Rc::default(),
-            _open: Rc::new(self.telemetry.tunnels.open(Direction::Outbound)),
-        })
+        Ok(Some((stream, measured)))
+    }
+}
+
+/// What a peer did not do in time.
+const SHAKE: &str = "finish the TLS handshake";
+
+/// TLS to a peer, and the socket below it for its statistics.
+type Secured = (TlsStream<ReadAhead<TcpStream>>, Option<Rc<OwnedFd>>);
+
+/// Ready when what was sent on the socket is lost again and again.
+async fn vanishes(socket: Option<&OwnedFd>) {
+    let Some(socket) = socket else {
+        return std::future::pending().await;
+    };
+    loop {
+        match unanswered_for(socket.as_fd()) {
+            Ok(time) if time >= VANISHED_AFTER => return,
+            Ok(_) => sleep(VANISHED_LOOK).await,
+            // The handshake itself will tell.
+            Err(_) => return std::future::pending().await,
+        }
     }
 }
 

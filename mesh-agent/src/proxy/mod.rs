@@ -118,6 +118,7 @@ mod tests {
                 Netns::open(std::path::Path::new("/proc/self/ns/net")).expect("own namespace"),
             ),
             addresses: Vec::new(),
+            keepalive: Default::default(),
             workload: Default::default(),
             connections: Default::default(),
         };

@@ -25,13 +25,13 @@ const SERVICE_PORT: u16 = 80;
 const WEB_SERVICE: [u8; 4] = [10, 96, 0, 1];
 const CART_SERVICE: [u8; 4] = [10, 96, 0, 2];
 
-/// What the clients do; each checks every byte and counts what is lost.
-const CONVERSATIONS: [&str; 6] = [
+/// What the clients do; each checks every byte and counts what is lost. No server resets: ztunnel turns an application's
+/// RST into END_STREAM, so that its end of a tunnel cannot be told apart from a clean one.
+const CONVERSATIONS: [&str; 5] = [
     "--connections 20 --records 100",
     "--mode answer --connections 4 --records 20000",
     "--mode answer-and-fin --connections 4 --records 20000",
     "--mode server-fin --connections 4 --records 10",
-    "--mode server-rst --connections 4 --records 10",
     "--close rst --connections 4 --records 10",
 ];
 

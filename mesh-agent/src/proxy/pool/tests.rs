@@ -345,7 +345,10 @@ async fn what_a_peer_takes_on_one_tunnel_is_expected_of_its_next() {
             let second = pool.lease(&key, &0).await.expect("made");
             assert_eq!(connector.made.borrow().len(), 2);
             let third = pool.lease(&key, &0).await;
-            assert!(matches!(third, Err(TunnelError::Limit)), "two tunnels at most");
+            assert!(
+                matches!(third, Err(TunnelError::Limit)),
+                "two tunnels at most"
+            );
             // A tunnel that takes none is about to end: others are not judged by it.
             connector.made.borrow()[0].peer_streams.set(0);
             let third = pool.lease(&key, &0).await.expect("the second has room");

@@ -664,7 +664,11 @@ async fn dial_application(
     // The workload calling itself: its address is the namespace's own already.
     let source =
         (client != destination.ip() && client.is_ipv4() == destination.is_ipv4()).then_some(client);
-    dial(local, destination, DialOptions { source }).await
+    let options = DialOptions {
+        source,
+        ..DialOptions::default()
+    };
+    dial(local, destination, options).await
 }
 
 #[cfg(test)]

@@ -559,7 +559,7 @@ mod tests {
     #[test]
     fn names_the_setting_that_cannot_work() {
         type Spoil = fn(&mut AgentConfig);
-        let cases: [(&str, Spoil); 15] = [
+        let cases: [(&str, Spoil); 18] = [
             ("node.name", |c| c.node.name.clear()),
             ("node.name", |c| c.node.name = "../n".into()),
             ("node.trustDomain", |c| c.node.trust_domain = "a b".into()),

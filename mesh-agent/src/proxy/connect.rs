@@ -81,7 +81,8 @@ impl Dialer {
                 self.secure(key, source, deadline, narrow).await?
             }
         };
-        let (secured, measured) = secured.ok_or(TunnelError::TimedOut("finish the TLS handshake"))?;
+        let (secured, measured) =
+            secured.ok_or(TunnelError::TimedOut("finish the TLS handshake"))?;
         let greeted = TunnelClient::handshake(secured, &self.limits, measured);
         let client = timeout_at(deadline, greeted)
             .await

@@ -22,7 +22,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{PORT, World, identity, within};
+use super::{CODECS, PORT, World, identity, within};
 use crate::{
     peer::{self, Credentials, LIMIT, TUNNEL_PORT},
     raw,
@@ -50,7 +50,14 @@ struct Application {
 
 #[test]
 fn a_client_of_the_field_is_served_to_the_byte() -> Result<()> {
-    let world = World::start()?;
+    for codec in CODECS {
+        a_client_of_the_field_is_served(codec).context(codec)?;
+    }
+    Ok(())
+}
+
+fn a_client_of_the_field_is_served(codec: &str) -> Result<()> {
+    let world = World::start(codec)?;
     let (victim, web) = (world.lab.pod("victim")?, world.lab.pod("web")?);
     let own = world.certificate("web")?;
     let application = Arc::new(Application::default());

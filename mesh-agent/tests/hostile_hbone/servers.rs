@@ -31,7 +31,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use super::{PORT, World, identity, within};
+use super::{CODECS, PORT, World, identity, within};
 use crate::peer::{self, Credentials, TUNNEL_PORT};
 
 /// What a server does with a request.
@@ -88,8 +88,8 @@ struct Foreign {
 }
 
 impl Foreign {
-    fn start() -> Result<Self> {
-        let mut world = World::start()?;
+    fn start(codec: &str) -> Result<Self> {
+        let mut world = World::start(codec)?;
         world.lab.add_pod("n2", PodSpec::new("foreign"))?;
         let node = world.lab.node("n2")?;
         world
@@ -146,7 +146,14 @@ impl Foreign {
 
 #[test]
 fn servers_unlike_ours_lose_nothing_and_refusals_are_never_a_clean_end() -> Result<()> {
-    let foreign = Foreign::start()?;
+    for codec in CODECS {
+        servers_unlike_ours(codec).context(codec)?;
+    }
+    Ok(())
+}
+
+fn servers_unlike_ours(codec: &str) -> Result<()> {
+    let foreign = Foreign::start(codec)?;
     let application: SocketAddr = ([127, 0, 0, 1], PORT).into();
     let echo = Program::new(programs::own("seqecho")?).args([
         "server",

@@ -11,7 +11,7 @@ use mesh_agent::{
     identity::tls,
     proxy::{
         Limits, TunnelCodec,
-        tunnel::{Incoming, TunnelServer},
+        tunnel::{Incoming, TunnelServer, transport::accept_tls},
     },
 };
 use mesh_fuzz::{World, wire};
@@ -19,8 +19,11 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConnection};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, duplex},
     task::{LocalSet, spawn_local},
+    time::Instant,
 };
+use tokio_rustls::TlsConnector;
 
+const CODECS: [TunnelCodec; 2] = [TunnelCodec::Native, TunnelCodec::H2];
 /// A server's answer to a ClientHello: its certificate, and a key share of the hybrid exchange.
 const FLIGHT_BYTES_MAX: usize = 4096;
 /// Of that, per byte of the smallest ClientHello.
@@ -149,6 +152,12 @@ fn a_pending_handshake_holds_little_more_than_it_was_told() {
 #[test]
 fn a_stream_that_says_nothing_costs_a_bounded_amount() {
     let _alone = alone();
+    for codec in CODECS {
+        silent_streams(codec);
+    }
+}
+
+fn silent_streams(codec: TunnelCodec) {
     const TUNNELS: usize = 20;
     let limits = Limits::default();
     let streams = limits.tunnel.server_streams as usize;
@@ -156,10 +165,10 @@ fn a_stream_that_says_nothing_costs_a_bounded_amount() {
     let before = resident();
     run(async {
         for _ in 0..TUNNELS {
-            held.push(tunnel(&limits, wire::connects(streams), streams).await);
+            held.push(tunnel(codec, &limits, wire::connects(streams), streams).await);
         }
         let grown = resident().saturating_sub(before) / (TUNNELS * streams);
-        println!("{grown} bytes per stream");
+        println!("{codec:?}: {grown} bytes per stream");
         assert!(grown <= STREAM_BYTES_MAX, "{grown} bytes per stream");
         for requests in &held {
             assert_eq!(requests.len(), streams, "not all streams were opened");
@@ -170,13 +179,22 @@ fn a_stream_that_says_nothing_costs_a_bounded_amount() {
 #[test]
 fn headers_that_unpack_to_gigabytes_do_not() {
     let _alone = alone();
+    for codec in CODECS {
+        header_bomb(codec);
+    }
+}
+
+fn header_bomb(codec: TunnelCodec) {
     let limits = Limits::default();
     let bomb = wire::header_bomb();
     let before = resident();
     run(async {
-        let requests = tunnel(&limits, bomb, 1).await;
+        let requests = tunnel(codec, &limits, bomb, 1).await;
         let grown = resident().saturating_sub(before);
-        println!("{grown} bytes for {} of headers", wire::header_bomb().len());
+        println!(
+            "{codec:?}: {grown} bytes for {} of headers",
+            wire::header_bomb().len()
+        );
         assert!(requests.is_empty(), "the request was let in");
         assert!(grown <= HEADERS_BYTES_MAX, "{grown} bytes");
     });
@@ -192,11 +210,21 @@ fn run(conversation: impl Future<Output = ()>) {
 
 /// Accepts a tunnel from a client that says `says` and stays. Returns the requests, up to `wanted`; fewer if the
 /// tunnel ends or a request is refused before it gets so far.
-async fn tunnel(limits: &Limits, says: Vec<u8>, wanted: usize) -> Vec<Incoming> {
-    let (mut client, io) = duplex(64 << 10);
+async fn tunnel(
+    codec: TunnelCodec,
+    limits: &Limits,
+    says: Vec<u8>,
+    wanted: usize,
+) -> Vec<Incoming> {
+    let (far, io) = duplex(64 << 10);
+    let certified = &World::get().certified;
+    let config = certified.client([World::get().identity.clone()].into());
     let answered = Rc::new(tokio::sync::Notify::new());
     let refused = answered.clone();
     spawn_local(async move {
+        let connector = TlsConnector::from(config);
+        let shaken = connector.connect(tls::dummy_server_name(), far).await;
+        let mut client = shaken.expect("certified by the same authority");
         // A server that refuses may close before it has read all.
         let _ = client.write_all(&says).await;
         let mut buffer = vec![0; 16 << 10];
@@ -211,10 +239,14 @@ async fn tunnel(limits: &Limits, says: Vec<u8>, wanted: usize) -> Vec<Incoming> 
             }
         }
     });
-    let mut server = TunnelServer::handshake(TunnelCodec::default(), io, limits)
-        .await
-        .expect("a preface");
+    let deadline = Instant::now() + limits.time.handshake;
+    let secured = accept_tls(codec, certified.server.clone(), io, deadline).await;
+    let secured = secured.expect("certified by the same authority");
     let mut requests = Vec::new();
+    // What follows the preface at once may already have ended it.
+    let Ok(mut server) = TunnelServer::handshake(secured, limits).await else {
+        return requests;
+    };
     while requests.len() < wanted {
         tokio::select! {
             next = server.accept() => match next {

@@ -590,6 +590,8 @@ async fn a_reset_behind_a_closed_window_is_a_reset() {
 
 /// More streams than any window of a few of them would have room for.
 const STALLED: usize = 12;
+/// Who cannot write for so long has filled every buffer on the way.
+const STALL: Duration = Duration::from_millis(200);
 
 /// `STALLED` streams of one tunnel whose readers stop, at the server's side or at the client's, and a neighbour that
 /// was opened before.
@@ -622,12 +624,18 @@ async fn stalled_streams_do_not_stop_a_neighbour(
         false => (servers, clients),
     };
     let (mut writer, mut reader) = (writers.remove(0), readers.remove(0));
-    let block = vec![7; 256 << 10];
-    for stalled in &mut writers {
-        while timeout(Duration::from_secs(1), stalled.write(&block))
-            .await
-            .is_ok()
-        {}
+    // They stay open, full to the brim.
+    let mut full = Vec::new();
+    for mut stalled in writers {
+        full.push(spawn_local(async move {
+            let block = vec![7; 256 << 10];
+            while timeout(STALL, stalled.write(&block)).await.is_ok() {}
+            stalled
+        }));
+    }
+    let mut held = Vec::new();
+    for stalled in full {
+        held.push(stalled.await.expect("no panic"));
     }
     let writing = spawn_local(async move {
         writer.write_all(&vec![7; 20 * MIB]).await.expect("open");
@@ -639,7 +647,7 @@ async fn stalled_streams_do_not_stop_a_neighbour(
     writing.await.expect("no panic");
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn stalled_streams_do_not_stop_their_neighbour() {
     for codecs in PAIRS {
         for frozen_at_server in [true, false] {

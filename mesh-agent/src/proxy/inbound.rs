@@ -168,6 +168,10 @@ pub(super) async fn serve_tunnel(
             telemetry
                 .tunnels
                 .failed(Direction::Inbound, error.failure());
+            if let HandshakeError::Tunnel(TunnelError::Abuse(_)) = error {
+                // What came along with the preface was already too much.
+                worker.shared.room.refuse(&served.local, Limit::TunnelAbuse);
+            }
             if let Some(held_back) = worker.handshake_failures.line(Instant::now()) {
                 tracing::info!(%peer, workload = %served.local.name, %error, held_back, "no tunnel with a client");
             }

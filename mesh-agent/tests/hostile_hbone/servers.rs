@@ -333,7 +333,7 @@ async fn stream_of(
                 .header("baggage", "")
                 .header("traceparent", "ff-not-one")
                 .header("server", "x".repeat(8 << 10))
-                .header("x-forwarded-network", " ")
+                .header("x-forwarded-network", "")
                 .header("set-cookie", "a=b");
         }
     }

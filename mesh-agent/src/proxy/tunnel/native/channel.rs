@@ -157,6 +157,11 @@ impl Channel {
         self.staged == 0 && self.output.is_none() && self.urgent.is_empty()
     }
 
+    /// Plaintext that waits to be sealed, bytes.
+    pub fn staged(&self) -> usize {
+        self.staged
+    }
+
     /// Whether DATA can be staged now; `bulk` wants all of the staging. `control` goes before it.
     pub fn accepts(&mut self, control: &mut Vec<u8>, bulk: bool) -> bool {
         let idle = self.output.is_none() && self.urgent.is_empty() && self.socket.is_some();

@@ -8,7 +8,9 @@
 use std::{
     cell::RefCell,
     collections::VecDeque,
+    future::Future,
     io::{self, IoSlice},
+    pin::Pin,
     rc::Rc,
     task::{Context, Poll, Waker},
 };
@@ -32,6 +34,9 @@ const TURN: usize = 8;
 const SLICES_MAX: usize = 64;
 /// Smallest piece of a stream's queue: tiny frames share one.
 const QUEUE_PIECE_BYTES: usize = 4 << 10;
+
+/// Staged bytes at which small frames wait no more for others.
+const GATHER_MAX_BYTES: usize = 16 << 10;
 
 /// Why a tunnel ended.
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +131,23 @@ impl Crowd {
     }
 }
 
+/// Small frames that wait for others.
+struct Gathering {
+    /// One turn of the worker: other tasks, then events of the kernel.
+    turn: Pin<Box<dyn Future<Output = ()>>>,
+    /// What was staged when the turn began.
+    staged: usize,
+}
+
+impl Gathering {
+    fn new(staged: usize) -> Self {
+        Self {
+            turn: Box::pin(tokio::task::yield_now()),
+            staged,
+        }
+    }
+}
+
 /// The shared part of a tunnel.
 pub struct Link(RefCell<Core>);
 
@@ -144,6 +166,8 @@ pub struct Core {
     openers: VecDeque<Waker>,
     requests: VecDeque<(u32, Box<Parts>)>,
     crowd: Crowd,
+    /// Small frames wait for those of other streams.
+    gathers: Option<Gathering>,
     ponged: bool,
     /// Client handles; always one for a server.
     users: usize,
@@ -175,6 +199,7 @@ impl Link {
                 last: (0, now),
                 until: now,
             },
+            gathers: None,
             ponged: false,
             users: 1,
             ended: false,
@@ -209,7 +234,7 @@ impl Core {
         if let Err(error) = self.digest(&first) {
             return Poll::Ready(self.fail(cx, error.into()));
         }
-        self.flush();
+        self.flush_gathered(cx);
         for _ in 0..TURN {
             let received = match self.channel.poll_receive(cx) {
                 Poll::Ready(Ok(received)) => received,
@@ -228,7 +253,7 @@ impl Core {
                 self.close(cx);
                 return Poll::Ready(Ok(()));
             }
-            self.flush();
+            self.flush_gathered(cx);
         }
         cx.waker().wake_by_ref();
         Poll::Pending
@@ -312,11 +337,30 @@ impl Core {
 
     /// Flushes now, or with what other streams are about to send.
     fn flush_soon(&mut self, stream: u32) {
-        if self.crowd.note(stream, Instant::now()) {
-            self.wake_task();
-        } else {
+        if !self.crowd.note(stream, Instant::now()) {
             self.flush();
+        } else if self.gathers.is_none() {
+            self.gathers = Some(Gathering::new(self.channel.staged()));
+            self.wake_task();
         }
+    }
+
+    /// Flushes, unless small frames wait and a turn of the worker has brought more of them.
+    fn flush_gathered(&mut self, cx: &mut Context<'_>) {
+        if let Some(gathering) = &mut self.gathers {
+            if gathering.turn.as_mut().poll(cx).is_pending() {
+                return;
+            }
+            let staged = self.channel.staged();
+            if staged > gathering.staged && staged < GATHER_MAX_BYTES {
+                *gathering = Gathering::new(staged);
+                if gathering.turn.as_mut().poll(cx).is_pending() {
+                    return;
+                }
+            }
+            self.gathers = None;
+        }
+        self.flush();
     }
 
     /// Has the task look again.

@@ -46,6 +46,11 @@ impl Default for Keepalive {
     }
 }
 
+/// Congestion control between agent and application, which meet over loopback: where nothing is lost nor queued behind
+/// others, the one that does least. Those that pace what they send (BBR, which hosts may have as their default) cost a
+/// timer per burst there and a tenth of the throughput (docs/performance.md). Every kernel has it (net/ipv4/tcp_cong.c).
+pub(super) const LOOPBACK_CONGESTION: &str = "reno";
+
 /// Ports that applications see beside their client's address. The client's own port is in use in the same namespace:
 /// by the socket that the agent accepted (plaintext), or by the application's (same-node flows). A SYN of ours with
 /// that port would arrive at that live connection instead of the listener. So these lie outside what Linux gives its
@@ -67,7 +72,9 @@ pub(super) async fn dial(
         .map(|ip| ip.to_canonical())
         .filter(|ip| *ip != destination.ip() && ip.is_ipv4() == destination.is_ipv4());
     let Some(source) = source else {
-        return connect(new_socket(workload, destination, options)?, destination).await;
+        let socket = new_socket(workload, destination, options)?;
+        set_keepalive(&socket, workload.keepalive)?;
+        return connect(socket, destination).await;
     };
     for _ in 0..SHOWN_PORT_ATTEMPTS {
         let shown = SocketAddr::new(source, rand::random_range(SHOWN_PORTS));
@@ -88,6 +95,12 @@ async fn connect_as(
     options: DialOptions,
 ) -> io::Result<TcpStream> {
     let socket = new_socket(workload, destination, options)?;
+    if workload.owns(destination.ip()) {
+        // Nothing vanishes without a word there: no keepalive.
+        socket.set_tcp_congestion(LOOPBACK_CONGESTION.as_bytes())?;
+    } else {
+        set_keepalive(&socket, workload.keepalive)?;
+    }
     socket::set_transparent(socket.as_fd(), source.is_ipv6())?;
     socket::set_mark(socket.as_fd(), CAPTURE_MARK)?;
     if source.port() == 0 {
@@ -120,7 +133,7 @@ fn new_socket(
             None,
         )
     })??;
-    set_common_options(&socket, workload.keepalive)?;
+    socket.set_tcp_nodelay(true)?;
     if let Some(bytes) = options.max_segment {
         // Before connect(2) it is also what the peer is told (tcp(7), TCP_MAXSEG).
         socket.set_tcp_mss(bytes)?;
@@ -134,9 +147,7 @@ async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStrea
         .await
 }
 
-/// Applied to every connection of the agent, accepted ones included.
-fn set_common_options(socket: &Socket, keepalive: Keepalive) -> io::Result<()> {
-    socket.set_tcp_nodelay(true)?;
+fn set_keepalive(socket: &Socket, keepalive: Keepalive) -> io::Result<()> {
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
             .with_time(keepalive.idle)
@@ -147,15 +158,28 @@ fn set_common_options(socket: &Socket, keepalive: Keepalive) -> io::Result<()> {
 
 /// What accepted sockets inherit from their listener, `TCP_NODELAY` and keepalive among it (net/ipv4/tcp_minisocks.c,
 /// `tcp_create_openreq_child`): a client that vanished must not be held for ever.
-fn set_listener_options(socket: &Socket, keepalive: Keepalive) -> io::Result<()> {
+fn set_listener_options(socket: &Socket, port: u16, keepalive: Keepalive) -> io::Result<()> {
     socket.set_reuse_address(true)?;
-    set_common_options(socket, keepalive)
+    set_inherited_options(socket, port, keepalive)
 }
 
-/// Gives listeners of another agent our keepalive.
+fn set_inherited_options(socket: &Socket, port: u16, keepalive: Keepalive) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    if port == OUTBOUND_PORT {
+        // Its clients are applications of the same namespace.
+        socket.set_tcp_congestion(LOOPBACK_CONGESTION.as_bytes())?;
+    }
+    set_keepalive(socket, keepalive)
+}
+
+/// Gives listeners of another agent our options.
 pub(super) fn adopt(listeners: &Listeners, keepalive: Keepalive) -> io::Result<()> {
-    for listener in [&listeners.outbound, &listeners.plaintext, &listeners.tunnel] {
-        set_common_options(&SockRef::from(listener), keepalive)?;
+    for (listener, port) in [
+        (&listeners.outbound, OUTBOUND_PORT),
+        (&listeners.plaintext, PLAINTEXT_PORT),
+        (&listeners.tunnel, TUNNEL_PORT),
+    ] {
+        set_inherited_options(&SockRef::from(listener), port, keepalive)?;
     }
     Ok(())
 }
@@ -217,7 +241,7 @@ fn open_listener(port: u16, keepalive: Keepalive) -> io::Result<TcpListener> {
             IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         ),
     };
-    set_listener_options(&socket, keepalive)?;
+    set_listener_options(&socket, port, keepalive)?;
     // Captured SYNs have destinations that are not this host's.
     socket::set_transparent(socket.as_fd(), any.is_ipv6())?;
     socket.bind(&SocketAddr::new(any, port).into())?;
@@ -231,14 +255,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn accepted_sockets_probe_whether_their_peer_is_there() {
+    fn accepted_sockets_have_what_their_listener_was_given() {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).expect("socket");
         let keepalive = Keepalive {
             idle: Duration::from_secs(7),
             interval: Duration::from_secs(3),
             probes: 5,
         };
-        set_listener_options(&socket, keepalive).expect("allowed");
+        set_listener_options(&socket, OUTBOUND_PORT, keepalive).expect("allowed");
         let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
         socket.bind(&loopback.into()).expect("free port");
         socket.listen(1).expect("bound");
@@ -255,5 +279,7 @@ mod tests {
         };
         assert_eq!(found, keepalive);
         assert!(accepted.tcp_nodelay().expect("open"));
+        let congestion = accepted.tcp_congestion().expect("open");
+        assert!(congestion.starts_with(LOOPBACK_CONGESTION.as_bytes()));
     }
 }

@@ -14,13 +14,13 @@ use rtnetlink::{
     Handle, RouteMessageBuilder,
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
-        route::{RouteMessage, RouteProtocol, RouteScope, RouteType},
+        route::{RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
 use serde::{Deserialize, Serialize};
 
-use super::{error::CaptureError, netlink};
+use super::{dial::LOOPBACK_CONGESTION, error::CaptureError, netlink};
 use crate::sys::netns::Netns;
 
 /// Routing table of the capture route. Any number that nobody else uses; the kernel knows 253 to 255.
@@ -242,7 +242,9 @@ fn rule_message(family: AddressFamily) -> RuleMessage {
     rule
 }
 
-/// One local default route per family. It names the source, else the kernel would take the destination as source.
+/// One local default route per family. It names the source, else the kernel would take the destination as source, and the
+/// congestion control of applications' sockets that take it, in either direction (net/ipv4/tcp_output.c,
+/// `tcp_ca_dst_init`; net/ipv4/tcp_minisocks.c, `tcp_ca_openreq_child`).
 fn routes(addresses: &[IpAddr]) -> Vec<RouteMessage> {
     let v4 = addresses.iter().find_map(|a| {
         if let IpAddr::V4(ip) = a {
@@ -279,7 +281,14 @@ fn routes(addresses: &[IpAddr]) -> Vec<RouteMessage> {
             .protocol(RouteProtocol::Static)
             .build()
     });
-    v4.into_iter().chain(v6).collect()
+    let mut routes: Vec<RouteMessage> = v4.into_iter().chain(v6).collect();
+    for route in &mut routes {
+        let congestion = RouteMetric::CcAlgo(LOOPBACK_CONGESTION.to_owned());
+        route
+            .attributes
+            .push(RouteAttribute::Metrics(vec![congestion]));
+    }
+    routes
 }
 
 fn families(addresses: &[IpAddr]) -> impl Iterator<Item = AddressFamily> {

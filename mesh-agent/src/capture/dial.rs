@@ -72,9 +72,7 @@ pub(super) async fn dial(
         .map(|ip| ip.to_canonical())
         .filter(|ip| *ip != destination.ip() && ip.is_ipv4() == destination.is_ipv4());
     let Some(source) = source else {
-        let socket = new_socket(workload, destination, options)?;
-        set_keepalive(&socket, workload.keepalive)?;
-        return connect(socket, destination).await;
+        return connect(new_socket(workload, destination, options)?, destination).await;
     };
     for _ in 0..SHOWN_PORT_ATTEMPTS {
         let shown = SocketAddr::new(source, rand::random_range(SHOWN_PORTS));
@@ -96,10 +94,7 @@ async fn connect_as(
 ) -> io::Result<TcpStream> {
     let socket = new_socket(workload, destination, options)?;
     if workload.owns(destination.ip()) {
-        // Nothing vanishes without a word there: no keepalive.
         socket.set_tcp_congestion(LOOPBACK_CONGESTION.as_bytes())?;
-    } else {
-        set_keepalive(&socket, workload.keepalive)?;
     }
     socket::set_transparent(socket.as_fd(), source.is_ipv6())?;
     socket::set_mark(socket.as_fd(), CAPTURE_MARK)?;
@@ -133,7 +128,7 @@ fn new_socket(
             None,
         )
     })??;
-    socket.set_tcp_nodelay(true)?;
+    set_common_options(&socket, workload.keepalive)?;
     if let Some(bytes) = options.max_segment {
         // Before connect(2) it is also what the peer is told (tcp(7), TCP_MAXSEG).
         socket.set_tcp_mss(bytes)?;
@@ -147,7 +142,9 @@ async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStrea
         .await
 }
 
-fn set_keepalive(socket: &Socket, keepalive: Keepalive) -> io::Result<()> {
+/// Applied to every connection of the agent, accepted ones included.
+fn set_common_options(socket: &Socket, keepalive: Keepalive) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
             .with_time(keepalive.idle)
@@ -164,12 +161,11 @@ fn set_listener_options(socket: &Socket, port: u16, keepalive: Keepalive) -> io:
 }
 
 fn set_inherited_options(socket: &Socket, port: u16, keepalive: Keepalive) -> io::Result<()> {
-    socket.set_tcp_nodelay(true)?;
     if port == OUTBOUND_PORT {
         // Its clients are applications of the same namespace.
         socket.set_tcp_congestion(LOOPBACK_CONGESTION.as_bytes())?;
     }
-    set_keepalive(socket, keepalive)
+    set_common_options(socket, keepalive)
 }
 
 /// Gives listeners of another agent our options.

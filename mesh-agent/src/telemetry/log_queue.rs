@@ -14,6 +14,12 @@ use tracing_subscriber::fmt::MakeWriter;
 /// Bytes that wait to be written, 4 MiB: some 8,000 lines of the access log. Further lines are dropped.
 pub const QUEUE_BYTES: usize = 4 << 20;
 
+/// How long the thread rests after a write: lines that come meanwhile are written together, and nobody who logs has to wake
+/// it. With thousands of connections a second that saved a twentieth of the processor time of each (measured).
+const REST: Duration = Duration::from_millis(5);
+/// Bytes at which it rests no longer.
+const REST_BYTES: usize = QUEUE_BYTES / 4;
+
 /// The queue. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct LogQueue {
@@ -32,6 +38,17 @@ struct Shared {
 struct State {
     waiting: Vec<u8>,
     writing: bool,
+    /// The thread waits for a first line, and has to be told of it.
+    asleep: bool,
+    /// Somebody waits until everything is written.
+    hurry: bool,
+}
+
+impl State {
+    /// Whether to write without a rest.
+    fn is_urgent(&self) -> bool {
+        self.hurry || self.waiting.len() >= REST_BYTES
+    }
 }
 
 impl Shared {
@@ -49,6 +66,14 @@ impl LogQueue {
         destination: impl Write + Send + 'static,
         dropped: IntCounter,
     ) -> io::Result<Self> {
+        Self::start_with(REST, destination, dropped)
+    }
+
+    fn start_with(
+        rest: Duration,
+        destination: impl Write + Send + 'static,
+        dropped: IntCounter,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -59,7 +84,7 @@ impl LogQueue {
         };
         thread::Builder::new()
             .name("weft-log".to_owned())
-            .spawn(move || write_all(&shared, destination))?;
+            .spawn(move || write_all(&shared, rest, destination))?;
         Ok(queue)
     }
 
@@ -67,6 +92,10 @@ impl LogQueue {
     pub fn flush(&self, patience: Duration) {
         let deadline = Instant::now() + patience;
         let mut state = self.shared.state();
+        if !state.waiting.is_empty() {
+            state.hurry = true;
+            self.shared.changed.notify_all();
+        }
         while state.writing || !state.waiting.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -83,30 +112,20 @@ impl LogQueue {
             drop(state);
             return self.shared.dropped.inc();
         }
-        let was_empty = state.waiting.is_empty();
         state.waiting.extend_from_slice(line);
+        let must_tell = std::mem::take(&mut state.asleep) || state.waiting.len() >= REST_BYTES;
         drop(state);
-        if was_empty {
+        if must_tell {
             self.shared.changed.notify_all();
         }
     }
 }
 
 /// Runs for as long as the process.
-fn write_all(shared: &Shared, mut destination: impl Write) {
+fn write_all(shared: &Shared, rest: Duration, mut destination: impl Write) {
     let mut batch = Vec::new();
     loop {
-        let mut state = shared.state();
-        state.writing = false;
-        if state.waiting.is_empty() {
-            shared.changed.notify_all();
-        }
-        while state.waiting.is_empty() {
-            state = shared
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
+        let mut state = wait_for_lines(shared, shared.state());
         std::mem::swap(&mut state.waiting, &mut batch);
         state.writing = true;
         drop(state);
@@ -120,7 +139,30 @@ fn write_all(shared: &Shared, mut destination: impl Write) {
             shared.dropped.inc_by(lines as u64);
         }
         batch.clear();
+        let mut state = shared.state();
+        state.writing = false;
+        if state.waiting.is_empty() {
+            state.hurry = false;
+            shared.changed.notify_all();
+        }
+        let rested = shared
+            .changed
+            .wait_timeout_while(state, rest, |state| !state.is_urgent());
+        drop(rested);
     }
+}
+
+fn wait_for_lines<'a>(
+    shared: &'a Shared,
+    mut state: MutexGuard<'a, State>,
+) -> MutexGuard<'a, State> {
+    state.asleep = state.waiting.is_empty();
+    let woken = shared
+        .changed
+        .wait_while(state, |state| state.waiting.is_empty());
+    let mut state = woken.unwrap_or_else(PoisonError::into_inner);
+    state.asleep = false;
+    state
 }
 
 /// One line; `tracing-subscriber` writes each in one piece.
@@ -205,6 +247,29 @@ mod tests {
         assert_eq!(rest.len(), QUEUE_BYTES, "what there was room for arrives");
         logger.write_all(b"again\n").expect("never fails");
         assert_eq!(dropped.get(), 7, "there is room again");
+    }
+
+    /// The first line is written at once; those that come while the thread rests are written together, at the latest when
+    /// somebody waits for them.
+    #[test]
+    fn lines_of_a_burst_are_written_together() {
+        let (go_on, gate) = mpsc::sync_channel(CALLS);
+        let (written, arrived) = mpsc::sync_channel(CALLS);
+        drop(go_on);
+        let gate = Gate {
+            go_on: gate,
+            written,
+        };
+        let long = Duration::from_secs(3600);
+        let queue = LogQueue::start_with(long, gate, counter()).expect("starts");
+        let mut logger = queue.clone();
+        logger.write_all(b"first\n").expect("never fails");
+        assert_eq!(arrived.recv().expect("the thread lives"), b"first\n");
+        for line in [b"two\n", b"six\n", b"ten\n"] {
+            logger.write_all(line).expect("never fails");
+        }
+        queue.flush(Duration::from_secs(60));
+        assert_eq!(arrived.try_recv().expect("written"), b"two\nsix\nten\n");
     }
 
     #[test]

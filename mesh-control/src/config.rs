@@ -126,36 +126,56 @@ impl ControlConfig {
     /// # Errors
     /// The first setting that cannot work.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let refuse = |setting, message: String| Err(ConfigError { setting, message });
         if self.source.folder.as_os_str().is_empty() {
             return refuse("source", "names no folder".into());
         }
-        if self.server.tls_names.len() > TLS_NAMES_MAX {
-            return refuse(
-                "tls-name",
-                format!("at most {TLS_NAMES_MAX} names are allowed"),
-            );
+        self.server.validate()?;
+        check_leaf_max_lifetime(self.ca.leaf_max_lifetime)?;
+        self.mesh.validate()
+    }
+}
+
+fn refuse(setting: &'static str, message: String) -> Result<(), ConfigError> {
+    Err(ConfigError { setting, message })
+}
+
+/// Checks the longest lifetime of a workload certificate.
+pub(crate) fn check_leaf_max_lifetime(lifetime: Duration) -> Result<(), ConfigError> {
+    if lifetime < LEAF_MAX_LIFETIME_MIN {
+        let message = format!("must be at least {} s", LEAF_MAX_LIFETIME_MIN.as_secs());
+        return refuse("leaf-max-lifetime", message);
+    }
+    Ok(())
+}
+
+impl ServerConfig {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        if self.tls_names.len() > TLS_NAMES_MAX {
+            let message = format!("at most {TLS_NAMES_MAX} names are allowed");
+            return refuse("tls-name", message);
         }
-        if let Some(name) = self.server.tls_names.iter().find(|name| name.is_empty()) {
+        if let Some(name) = self.tls_names.iter().find(|name| name.is_empty()) {
             return refuse("tls-name", format!("{name:?} is not a name"));
         }
-        if self.ca.leaf_max_lifetime < LEAF_MAX_LIFETIME_MIN {
-            let message = format!("must be at least {} s", LEAF_MAX_LIFETIME_MIN.as_secs());
-            return refuse("leaf-max-lifetime", message);
-        }
-        if let Err(error) = Identity::new(&self.mesh.trust_domain, "checked", "checked") {
+        Ok(())
+    }
+}
+
+impl MeshConfig {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        if let Err(error) = Identity::new(&self.trust_domain, "checked", "checked") {
             return refuse("trust-domain", error.to_string());
         }
         for (setting, value) in [
-            ("cluster-id", &self.mesh.cluster_id),
-            ("cluster-domain", &self.mesh.cluster_domain),
-            ("root-namespace", &self.mesh.root_namespace),
+            ("cluster-id", &self.cluster_id),
+            ("cluster-domain", &self.cluster_domain),
+            ("root-namespace", &self.root_namespace),
         ] {
             if value.is_empty() || value.contains(['/', ' ']) {
                 return refuse(setting, format!("{value:?} is not a name"));
             }
         }
-        if self.mesh.network.contains('/') {
+        if self.network.contains('/') {
             return refuse("network", "must not contain `/`".into());
         }
         Ok(())

@@ -1,62 +1,46 @@
 //! The control plane: from Kubernetes-shaped objects to what agents need to know, and certificates for what they run.
 //!
 //! ```text
-//!  files ──► manifest::parse ──► Hub(Index) ──► xds (delta ADS) ──┐
-//!  (kube comes beside it)             │                           ├─► one TLS listener ◄── agents
+//!  files ──► manifest::parse ─┬─► Hub(Index) ──► xds (delta ADS) ──┐
+//!  kube ──► lists and watches ┘       │                           ├─► one TLS listener ◄── agents
 //!                                     └──────► ca (signing) ──────┘
 //! ```
 //!
 //! [`ControlPlane::start`] runs all of it inside a process: `mesh-control` and `mesh-agent run --standalone` use the same
-//! code. This crate must not know how agents capture or proxy; what it says to them is `mesh_api::proto`.
+//! code. In a cluster [`kube::start`] does the same with the API server as source and a Secret for the authority. This crate must
+//! not know how agents capture or proxy; what it says to them is `mesh_api::proto`.
 
 #![forbid(unsafe_code)]
 
+pub mod authn;
 pub mod ca;
 pub mod config;
 pub mod credentials;
 pub mod files;
+mod front;
 pub mod hub;
 pub mod index;
+pub mod kube;
 mod server;
 mod telemetry;
 pub mod xds;
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{io, net::SocketAddr, sync::Arc, time::SystemTime};
 
 use prometheus::Registry;
-use tokio::{
-    net::TcpListener,
-    sync::{Semaphore, watch},
-    task::JoinSet,
-};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Status, service::InterceptorLayer, transport::Server};
-use tracing::{error, info};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use zeroize::Zeroizing;
 
-use ca::{Authority, CaFilesError, CaService};
+use authn::Nodes;
+use ca::{Authority, CaFilesError};
 use config::{ConfigError, ControlConfig};
 use credentials::{NodeCredentials, TokenFileError};
 use files::{FilesSource, SourceError};
+use front::Front;
 use hub::Hub;
 use index::ResourceType;
 pub use server::ServerError;
-use server::Serving;
 use telemetry::Metrics;
-use xds::Discovery;
-
-/// How long streams may take to end after a stop before they are cut.
-const STOP_GRACE: Duration = Duration::from_secs(5);
-/// HTTP/2 keepalive towards agents: a vanished agent is noticed within their sum.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Most concurrent streams of one connection: an agent needs one for discovery and a few for certificates.
-const CONNECTION_STREAMS_MAX: u32 = 128;
 
 /// Why the control plane did not start. Nothing is left running.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +68,9 @@ pub enum StartError {
         /// What the system said.
         source: io::Error,
     },
+    /// There is no way to the API server.
+    #[error(transparent)]
+    Connect(#[from] kube::ConnectError),
     /// The registry already holds the control plane's metrics.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
@@ -136,7 +123,7 @@ impl ControlPlane {
         config.validate()?;
         let metrics = Metrics::new(&registry)?;
         let credentials = Arc::new(NodeCredentials::open(config.nodes.tokens.clone())?);
-        let authority = Arc::new(open_authority(&config, SystemTime::now())?);
+        let authority = open_authority(&config, SystemTime::now())?;
         let hub = Hub::new(config.mesh.clone());
         let watch = files::watch_folder(&config.source.folder);
         let (source, changes) =
@@ -145,40 +132,30 @@ impl ControlPlane {
         hub.apply(changes);
 
         let (listener, address) = listen(config.server.listen).await?;
-        let names = server::serving_names(&config.server.tls_names, address.ip());
-        let serving = Serving::new(authority.clone(), names, SystemTime::now());
-        let serving = Arc::new(serving?);
-        let tls = server::tls_config(serving.clone())?;
         let (stop, on_stop) = watch::channel(false);
         let mut tasks = JoinSet::new();
         let mut metrics_address = None;
         if let Some(address) = config.server.metrics {
             let (listener, bound) = listen(address).await?;
             metrics_address = Some(bound);
-            tasks.spawn(telemetry::serve(listener, registry, on_stop.clone()));
+            let (_, waits) = watch::channel(Vec::new());
+            tasks.spawn(telemetry::serve(listener, registry, waits, on_stop.clone()));
         }
         tasks.spawn(source.run(watch, hub.clone(), metrics.clone(), on_stop.clone()));
-        tasks.spawn(serving.renew(on_stop.clone()));
-        let discovery = Discovery {
+        let roots_pem = authority.roots_pem().to_owned();
+        let front = Front {
             hub: hub.clone(),
-            credentials: credentials.clone(),
-            metrics: metrics.clone(),
-            stop: on_stop.clone(),
-            streams: Arc::new(Semaphore::new(xds::STREAMS_MAX)),
+            nodes: Nodes::Listed(credentials.clone()),
+            authority: watch::channel(Arc::new(authority)).1,
+            metrics,
+            progress: Arc::default(),
+            tls_names: config.server.tls_names,
         };
-        let ca = CaService {
-            authority: authority.clone(),
-            credentials: credentials.clone(),
-            hub: hub.clone(),
-            metrics: metrics.clone(),
-        };
-        let incoming = server::accept(listener, tls, metrics, on_stop.clone());
-        tasks.spawn(serve(discovery, ca, ReceiverStream::new(incoming), on_stop));
-        info!(%address, "listening on {address}");
+        front.serve(listener, &on_stop, &mut tasks)?;
         Ok(ControlHandle {
             address,
             metrics_address,
-            roots_pem: authority.roots_pem().into(),
+            roots_pem,
             credentials,
             hub,
             stop,
@@ -200,46 +177,6 @@ async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartE
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let bound = listener.local_addr().map_err(failed)?;
     Ok((listener, bound))
-}
-
-async fn serve(
-    discovery: Discovery,
-    ca: CaService,
-    incoming: ReceiverStream<io::Result<server::Counted>>,
-    stop: watch::Receiver<bool>,
-) {
-    let mut graceful = stop.clone();
-    let mut cut = stop;
-    let serving = Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .max_concurrent_streams(CONNECTION_STREAMS_MAX)
-        .layer(InterceptorLayer::new(note_use))
-        .add_service(xds::service(discovery))
-        .add_service(ca::grpc_service(ca))
-        .serve_with_incoming_shutdown(incoming, async move {
-            stopped(&mut graceful).await;
-        });
-    let deadline = async move {
-        stopped(&mut cut).await;
-        tokio::time::sleep(STOP_GRACE).await;
-    };
-    tokio::select! {
-        served = serving => {
-            if let Err(error) = served {
-                error!(%error, "the listener failed");
-            }
-        }
-        () = deadline => info!("some streams did not end in time and were cut"),
-    }
-}
-
-/// An interceptor: lets every request through.
-fn note_use(request: Request<()>) -> Result<Request<()>, Status> {
-    if let Some(used) = request.extensions().get::<server::Used>() {
-        used.note();
-    }
-    Ok(request)
 }
 
 /// Returns when `stop` turns true, or when the handle is gone, which also is a stop.

@@ -5,11 +5,14 @@
 //!                  [--metrics-addr ADDR] [--trust-domain NAME] [--cluster-id NAME] [--cluster-domain NAME]
 //!                  [--root-namespace NAME] [--network NAME] [--leaf-max-lifetime SECONDS]
 //!                  [--log FILTER] [--log-format text|json]
+//! mesh-control run --source kubernetes --listen ADDR [--kubeconfig FILE] [--namespace NAME] [--replica NAME]
+//!                  [--ca-secret NAME] [--ca-create true|false] [--agent-account NAMESPACE/NAME]... (and the above)
 //! mesh-control validate DIR
 //! ```
 //!
 //! Every flag is also read from an environment variable: `WEFT_CONTROL_` and the flag's name in capitals, dashes as
-//! underscores (`WEFT_CONTROL_NODE_TOKENS`).
+//! underscores (`WEFT_CONTROL_NODE_TOKENS`). Two are read from what a pod's manifest usually sets: `--namespace` from
+//! `POD_NAMESPACE`, `--replica` from `POD_NAME`.
 //!
 //! # Files
 //! - `--source DIR`: manifests, `*.yaml`, `*.yml` and `*.json` directly in the folder; hidden files and other names are
@@ -32,22 +35,34 @@
 //! - `--listen`: discovery (delta ADS) and certificates, gRPC over TLS 1.3. The serving certificate is issued from the own
 //!   authority for `localhost`, `127.0.0.1`, `::1`, the listening address and every `--tls-name` (a DNS name or an IP
 //!   address), and renewed before it expires.
-//! - `--metrics-addr` (optional): plain HTTP, `/metrics` (Prometheus text) and `/healthz`.
+//! - `--metrics-addr` (optional): plain HTTP, `/metrics` (Prometheus text), `/healthz`, and `/readyz`: whether agents are
+//!   served, or what is waited for.
+//!
+//! # In a cluster
+//! With `--source kubernetes` the API server takes the place of the folder, a Secret that of `--ca-dir`, and projected tokens
+//! of service accounts that of `--node-tokens`. `docs/control-plane.md` describes it.
 //!
 //! On SIGINT or SIGTERM it ends its streams and exits with 0. It prints `listening on ADDR` to the log once it serves.
 
-use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    collections::BTreeSet, io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use mesh_api::one_line::OneLine;
 use mesh_control::{
-    ControlPlane,
+    ControlHandle, ControlPlane,
     config::{
         CaConfig, ControlConfig, DEFAULT_LEAF_MAX_LIFETIME, MeshConfig, NodesConfig, ServerConfig,
         SourceConfig,
     },
     files::FilesSource,
+    kube::{
+        self, AgentsConfig, ClusterConfig, KubernetesConfig, KubernetesHandle, SecretCaConfig,
+        ServiceAccount,
+    },
 };
 use nix::sys::{
     prctl,
@@ -77,10 +92,13 @@ enum Command {
     },
 }
 
+/// The value of `--source` that is no folder. (A folder of that name is `./kubernetes`.)
+const KUBERNETES: &str = "kubernetes";
+
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// Folder of manifests (*.yaml, *.yml, *.json); watched.
-    #[arg(long, value_name = "DIR", env = "WEFT_CONTROL_SOURCE")]
+    /// Folder of manifests (*.yaml, *.yml, *.json), watched; or `kubernetes`: the API server of a cluster.
+    #[arg(long, value_name = "DIR|kubernetes", env = "WEFT_CONTROL_SOURCE")]
     source: PathBuf,
     /// Address for agents: discovery and certificates over TLS.
     #[arg(
@@ -90,12 +108,14 @@ struct RunArgs {
         default_value = "127.0.0.1:15012"
     )]
     listen: SocketAddr,
-    /// Folder of the certificate authority; made at the first start.
+    /// Folder of the certificate authority; made at the first start. Required with a folder of manifests.
     #[arg(long, value_name = "DIR", env = "WEFT_CONTROL_CA_DIR")]
-    ca_dir: PathBuf,
-    /// File of node credentials: lines `<token> <node name>`, mode 0600.
+    ca_dir: Option<PathBuf>,
+    /// File of node credentials: lines `<token> <node name>`, mode 0600. Required with a folder of manifests.
     #[arg(long, value_name = "FILE", env = "WEFT_CONTROL_NODE_TOKENS")]
-    node_tokens: PathBuf,
+    node_tokens: Option<PathBuf>,
+    #[command(flatten, next_help_heading = "With --source kubernetes")]
+    cluster: ClusterArgs,
     /// DNS name or IP address that agents dial, beside localhost and the listening address. Repeatable.
     #[arg(
         long = "tls-name",
@@ -128,6 +148,86 @@ struct RunArgs {
     /// Form of the log.
     #[arg(long, env = "WEFT_CONTROL_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,
+}
+
+#[derive(Debug, Args)]
+struct ClusterArgs {
+    /// How to reach the API server; without it, as the pod that this process runs in.
+    #[arg(long, value_name = "FILE", env = "WEFT_CONTROL_KUBECONFIG")]
+    kubeconfig: Option<PathBuf>,
+    /// Namespace of the control plane's own objects: Lease, Secret and trust bundle.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "POD_NAMESPACE",
+        default_value = "weft-system"
+    )]
+    namespace: String,
+    /// Lease with which the replicas elect the one that writes.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "WEFT_CONTROL_LEASE",
+        default_value = "weft-control"
+    )]
+    lease: String,
+    /// Name of this replica, different for each. Default: the host's name, which in a pod is the pod's.
+    #[arg(long, value_name = "NAME", env = "POD_NAME")]
+    replica: Option<String>,
+    /// Secret with the certificate authority.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "WEFT_CONTROL_CA_SECRET",
+        default_value = "weft-ca"
+    )]
+    ca_secret: String,
+    /// Make that Secret where it does not exist; `false` where cert-manager or you make it.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        env = "WEFT_CONTROL_CA_CREATE",
+        default_value_t = true,
+        action = clap::ArgAction::Set
+    )]
+    ca_create: bool,
+    /// ConfigMap in which the trusted roots are published, for agents to mount.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "WEFT_CONTROL_CA_BUNDLE",
+        default_value = "weft-roots"
+    )]
+    ca_bundle: String,
+    /// Service account of the agents' pods. Repeatable. Default: weft-agent in --namespace.
+    #[arg(
+        long = "agent-account",
+        value_name = "NAMESPACE/NAME",
+        env = "WEFT_CONTROL_AGENT_ACCOUNT",
+        value_delimiter = ',',
+        value_parser = service_account
+    )]
+    agent_accounts: Vec<ServiceAccount>,
+    /// Audience of the agents' projected tokens.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "WEFT_CONTROL_TOKEN_AUDIENCE",
+        default_value = "weft"
+    )]
+    token_audience: String,
+}
+
+fn service_account(text: &str) -> Result<ServiceAccount, String> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
+            Ok(ServiceAccount {
+                namespace: namespace.to_owned(),
+                name: name.to_owned(),
+            })
+        }
+        _ => Err("must be NAMESPACE/NAME".to_owned()),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -180,31 +280,126 @@ enum LogFormat {
     Json,
 }
 
-impl From<RunArgs> for ControlConfig {
-    fn from(args: RunArgs) -> Self {
+impl From<MeshArgs> for MeshConfig {
+    fn from(args: MeshArgs) -> Self {
         Self {
+            trust_domain: args.trust_domain,
+            cluster_id: args.cluster_id,
+            cluster_domain: args.cluster_domain,
+            root_namespace: args.root_namespace,
+            network: args.network,
+        }
+    }
+}
+
+/// What is to be run.
+enum Plan {
+    Files(Box<ControlConfig>),
+    Kubernetes(Box<KubernetesConfig>),
+}
+
+/// What runs.
+enum Running {
+    Files(ControlHandle),
+    Kubernetes(KubernetesHandle),
+}
+
+impl RunArgs {
+    fn plan(self) -> anyhow::Result<Plan> {
+        let server = ServerConfig {
+            listen: self.listen,
+            tls_names: self.tls_names,
+            metrics: self.metrics_addr,
+        };
+        let leaf_max_lifetime = Duration::from_secs(self.leaf_max_lifetime);
+        if self.source.as_os_str() == KUBERNETES {
+            let config = self
+                .cluster
+                .config(server, self.mesh.into(), leaf_max_lifetime)?;
+            return Ok(Plan::Kubernetes(Box::new(config)));
+        }
+        let (Some(ca_dir), Some(node_tokens)) = (self.ca_dir, self.node_tokens) else {
+            let message = "a folder of manifests needs --ca-dir and --node-tokens as well";
+            Cli::command()
+                .error(ErrorKind::MissingRequiredArgument, message)
+                .exit();
+        };
+        Ok(Plan::Files(Box::new(ControlConfig {
             source: SourceConfig {
-                folder: args.source,
+                folder: self.source,
             },
-            server: ServerConfig {
-                listen: args.listen,
-                tls_names: args.tls_names,
-                metrics: args.metrics_addr,
-            },
+            server,
             ca: CaConfig {
-                folder: Some(args.ca_dir),
-                leaf_max_lifetime: Duration::from_secs(args.leaf_max_lifetime),
+                folder: Some(ca_dir),
+                leaf_max_lifetime,
             },
             nodes: NodesConfig {
-                tokens: Some(args.node_tokens),
+                tokens: Some(node_tokens),
             },
-            mesh: MeshConfig {
-                trust_domain: args.mesh.trust_domain,
-                cluster_id: args.mesh.cluster_id,
-                cluster_domain: args.mesh.cluster_domain,
-                root_namespace: args.mesh.root_namespace,
-                network: args.mesh.network,
+            mesh: self.mesh.into(),
+        })))
+    }
+}
+
+impl ClusterArgs {
+    fn config(
+        self,
+        server: ServerConfig,
+        mesh: MeshConfig,
+        leaf_max_lifetime: Duration,
+    ) -> anyhow::Result<KubernetesConfig> {
+        let replica = match self.replica {
+            Some(replica) => replica,
+            None => nix::unistd::gethostname()
+                .context("cannot read the host's name; set --replica")?
+                .to_string_lossy()
+                .into_owned(),
+        };
+        let mut accounts: BTreeSet<_> = self.agent_accounts.into_iter().collect();
+        if accounts.is_empty() {
+            accounts.insert(ServiceAccount {
+                namespace: self.namespace.clone(),
+                name: "weft-agent".to_owned(),
+            });
+        }
+        Ok(KubernetesConfig {
+            cluster: ClusterConfig {
+                kubeconfig: self.kubeconfig,
+                namespace: self.namespace,
+                lease: self.lease,
+                replica,
             },
+            server,
+            ca: SecretCaConfig {
+                secret: self.ca_secret,
+                create: self.ca_create,
+                bundle: self.ca_bundle,
+                leaf_max_lifetime,
+            },
+            agents: AgentsConfig {
+                accounts,
+                audience: self.token_audience,
+            },
+            mesh,
+        })
+    }
+}
+
+impl Plan {
+    async fn start(self) -> anyhow::Result<Running> {
+        let registry = prometheus::Registry::new();
+        Ok(match self {
+            Self::Files(config) => Running::Files(ControlPlane::start(*config, registry).await?),
+            Self::Kubernetes(config) => Running::Kubernetes(kube::start(*config, registry).await?),
+        })
+    }
+}
+
+impl Running {
+    async fn shutdown(self) {
+        match self {
+            Self::Files(control) => control.shutdown().await,
+            Self::Kubernetes(control) => control.shutdown().await,
         }
     }
 }
@@ -271,7 +466,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     // Before anything is started, so that a signal during the start is not lost.
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
-    let control = ControlPlane::start(args.into(), prometheus::Registry::new()).await?;
+    let control = args.plan()?.start().await?;
     tokio::select! {
         _ = interrupt.recv() => info!("SIGINT: stopping"),
         _ = terminate.recv() => info!("SIGTERM: stopping"),

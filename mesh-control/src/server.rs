@@ -58,11 +58,14 @@ pub enum ServerError {
     /// The TLS library refused it.
     #[error("TLS: {0}")]
     Tls(#[from] rustls::Error),
+    /// The listener is none.
+    #[error("listener: {0}")]
+    Listener(io::Error),
 }
 
 /// The serving certificate, replaceable while running.
 pub(crate) struct Serving {
-    authority: Arc<Authority>,
+    authority: watch::Receiver<Arc<Authority>>,
     names: Vec<String>,
     current: RwLock<Current>,
 }
@@ -92,14 +95,12 @@ impl std::fmt::Debug for Serving {
 
 impl Serving {
     pub fn new(
-        authority: Arc<Authority>,
+        authority: watch::Receiver<Arc<Authority>>,
         names: Vec<String>,
         now: SystemTime,
     ) -> Result<Self, ServerError> {
-        let current = RwLock::new(Current {
-            key: issue(&authority, &names, now)?,
-            issued: now,
-        });
+        let key = issue(&authority.borrow().clone(), &names, now)?;
+        let current = RwLock::new(Current { key, issued: now });
         Ok(Self {
             authority,
             names,
@@ -107,21 +108,28 @@ impl Serving {
         })
     }
 
-    /// Renews at half-life until `stop` turns true. A certificate is kept when its renewal fails.
+    /// Renews at half-life, and when the authority is another one, until `stop` turns true. A certificate is kept when its
+    /// renewal fails.
     pub async fn renew(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
+        let mut authority = self.authority.clone();
         loop {
             tokio::select! {
                 () = sleep(RENEWAL_TICK) => self.renew_if_due(SystemTime::now()),
+                () = changed(&mut authority) => self.renew_now(SystemTime::now()),
                 () = crate::stopped(&mut stop) => return,
             }
         }
     }
 
     fn renew_if_due(&self, now: SystemTime) {
-        if !self.read().is_due(now) {
-            return;
+        if self.read().is_due(now) {
+            self.renew_now(now);
         }
-        match issue(&self.authority, &self.names, now) {
+    }
+
+    fn renew_now(&self, now: SystemTime) {
+        let authority = self.authority.borrow().clone();
+        match issue(&authority, &self.names, now) {
             Ok(key) => {
                 let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
                 *current = Current { key, issued: now };
@@ -141,6 +149,13 @@ impl Serving {
 impl ResolvesServerCert for Serving {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.read().key.clone())
+    }
+}
+
+/// Returns when there is another authority; never where it cannot change.
+async fn changed(authority: &mut watch::Receiver<Arc<Authority>>) {
+    if authority.changed().await.is_err() {
+        std::future::pending().await
     }
 }
 
@@ -355,15 +370,16 @@ mod tests {
         let lifetime = Duration::from_secs(3600);
         let authority = Authority::ephemeral("cluster.local", lifetime, now).expect("made");
         let names = serving_names(&[], [127, 0, 0, 1].into());
-        Serving::new(Arc::new(authority), names, now).expect("signed")
+        let (_, authority) = watch::channel(Arc::new(authority));
+        Serving::new(authority, names, now).expect("signed")
     }
 
     #[tokio::test]
     async fn the_key_exchange_is_hybrid_post_quantum_with_clients_that_offer_it() {
         let serving = Arc::new(serving(SystemTime::now()));
         let mut roots = RootCertStore::empty();
-        let pem = serving.authority.roots_pem().as_bytes();
-        let root = CertificateDer::from_pem_slice(pem).expect("a root");
+        let pem = serving.authority.borrow().roots_pem().to_owned();
+        let root = CertificateDer::from_pem_slice(pem.as_bytes()).expect("a root");
         roots.add(root).expect("usable");
         let client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])

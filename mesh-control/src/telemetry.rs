@@ -96,10 +96,11 @@ impl Metrics {
     }
 }
 
-/// Serves `/metrics` and `/healthz` until `stop` turns true.
+/// Serves `/metrics`, `/healthz` and `/readyz` until `stop` turns true. `waits` is what agents are not served for yet.
 pub(crate) async fn serve(
     listener: TcpListener,
     registry: Registry,
+    waits: watch::Receiver<Vec<String>>,
     mut stop: watch::Receiver<bool>,
 ) {
     let permits = Arc::new(Semaphore::new(SCRAPES_MAX));
@@ -119,10 +120,10 @@ pub(crate) async fn serve(
                 continue;
             }
         };
-        let registry = registry.clone();
+        let (registry, waits) = (registry.clone(), waits.clone());
         tokio::spawn(async move {
             let service = service_fn(move |request| {
-                let answer = answer(&registry, &request);
+                let answer = answer(&registry, &waits.borrow(), &request);
                 async move { Ok::<_, Infallible>(answer) }
             });
             let served = hyper::server::conn::http1::Builder::new()
@@ -139,7 +140,7 @@ pub(crate) async fn serve(
     }
 }
 
-fn answer<B>(registry: &Registry, request: &Request<B>) -> Response<Full<Bytes>> {
+fn answer<B>(registry: &Registry, waits: &[String], request: &Request<B>) -> Response<Full<Bytes>> {
     let (status, body) = match (request.method(), request.uri().path()) {
         (&Method::GET, "/metrics") => match TextEncoder::new().encode_to_string(&registry.gather())
         {
@@ -147,9 +148,14 @@ fn answer<B>(registry: &Registry, request: &Request<B>) -> Response<Full<Bytes>>
             Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
         },
         (&Method::GET, "/healthz") => (StatusCode::OK, "ok\n".to_owned()),
+        (&Method::GET, "/readyz") if waits.is_empty() => (StatusCode::OK, "ready\n".to_owned()),
+        (&Method::GET, "/readyz") => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("waits for {}\n", waits.join(", ")),
+        ),
         _ => (
             StatusCode::NOT_FOUND,
-            "try /metrics or /healthz\n".to_owned(),
+            "try /metrics, /healthz or /readyz\n".to_owned(),
         ),
     };
     let mut response = Response::new(Full::new(Bytes::from(body)));

@@ -28,6 +28,7 @@ pub struct WorkloadSelector {
     version = "v1alpha1",
     kind = "AuthorizationPolicy",
     namespaced,
+    status = "ObjectStatus",
     derive = "PartialEq"
 )]
 #[serde(rename_all = "camelCase")]
@@ -123,6 +124,7 @@ pub struct Operation {
     version = "v1alpha1",
     kind = "MeshPolicy",
     namespaced,
+    status = "ObjectStatus",
     derive = "PartialEq"
 )]
 #[serde(rename_all = "camelCase")]
@@ -209,6 +211,7 @@ pub enum SameNode {
     version = "v1alpha1",
     kind = "ExternalWorkload",
     namespaced,
+    status = "ObjectStatus",
     derive = "PartialEq"
 )]
 #[serde(rename_all = "camelCase")]
@@ -261,6 +264,34 @@ pub enum Toggle {
     Enabled,
     /// Not enrolled.
     Disabled,
+}
+
+/// What the control plane says of an object. Users do not write it; manifest files need not have it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ObjectStatus {
+    /// `Accepted`: whether the object was understood. `Programmed`: whether the agents have applied it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+}
+
+/// One statement about an object, in the form that Kubernetes uses (`meta/v1` Condition).
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Condition {
+    /// What is stated.
+    pub r#type: String,
+    /// `True`, `False` or `Unknown`.
+    pub status: String,
+    /// The generation of the object that is meant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// When `status` last changed, RFC 3339.
+    pub last_transition_time: String,
+    /// Why, in one word.
+    pub reason: String,
+    /// Why, for a human.
+    pub message: String,
 }
 
 /// How a text value of a policy matches.

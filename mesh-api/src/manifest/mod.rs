@@ -25,9 +25,10 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use check::{FieldProblem, parse_address, parse_block};
 pub use crds::{
-    Action, AuthorizationPolicy, AuthorizationPolicySpec, ExternalLocality, ExternalWorkload,
-    ExternalWorkloadSpec, FailureMode, MeshPolicy, MeshPolicySpec, Mtls, MtlsMode, Operation, Rule,
-    SameNode, Source, StringPattern, StringPatternError, Toggle, WorkloadSelector,
+    Action, AuthorizationPolicy, AuthorizationPolicySpec, Condition, ExternalLocality,
+    ExternalWorkload, ExternalWorkloadSpec, FailureMode, MeshPolicy, MeshPolicySpec, Mtls,
+    MtlsMode, ObjectStatus, Operation, Rule, SameNode, Source, StringPattern, StringPatternError,
+    Toggle, WorkloadSelector,
 };
 pub use stand_in::RefusedPolicy;
 

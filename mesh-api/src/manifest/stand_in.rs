@@ -71,6 +71,7 @@ impl RefusedPolicy {
                     failure_mode: Some(FailureMode::Closed),
                     same_node: Some(SameNode::Tunnel),
                 },
+                status: None,
             })),
             // A mesh-wide MeshPolicy would yield to every more specific one, which this one may have been itself.
             (Kind::MeshPolicy, None) => {
@@ -110,6 +111,7 @@ fn authorization(
             action,
             rules,
         },
+        status: None,
     }))
 }
 

@@ -13,7 +13,7 @@ use tracing::info;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
-use super::{Authority, Material, make_root};
+use super::{Authority, Material, make_root, roots};
 
 const KEY_FILE: &str = "ca-key.pem";
 const CERTIFICATE_FILE: &str = "ca-cert.pem";
@@ -225,13 +225,7 @@ pub(super) fn check_authority(
     if !is_root && extra.trim().is_empty() {
         return refuse("is an intermediate, so roots.pem must hold its root");
     }
-    let mut roots = String::new();
-    for text in [if is_root { pem } else { "" }, extra] {
-        roots.push_str(text.trim());
-        if !text.trim().is_empty() {
-            roots.push('\n');
-        }
-    }
+    let roots = roots::union(&[if is_root { pem } else { "" }, extra]);
     let intermediate = (!is_root).then(|| pem.to_owned());
     Ok(Checked {
         certificate: certificate.clone(),

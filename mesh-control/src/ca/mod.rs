@@ -2,6 +2,9 @@
 
 mod csr;
 mod files;
+pub(crate) mod roots;
+pub(crate) mod rotation;
+pub(crate) mod secret;
 mod service;
 
 use std::{
@@ -20,6 +23,7 @@ use zeroize::Zeroizing;
 
 pub use csr::{CSR_MAX_BYTES, CsrError, Request as SigningRequest};
 pub use files::CaFilesError;
+pub use secret::CaSecretError;
 pub(crate) use service::{CaService, service as grpc_service};
 
 /// How far certificates reach back: clocks of nodes may differ that much from the control plane's.
@@ -35,9 +39,7 @@ const SERIAL_BYTES: usize = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum SignError {
     /// The authority's own certificate has expired or is about to: nothing can be signed until it is replaced.
-    #[error(
-        "the authority's certificate ends before a new certificate could begin; replace it in --ca-dir"
-    )]
+    #[error("the authority's certificate ends before a new certificate could begin; replace it")]
     AuthorityExpired,
     /// A serving name is neither a DNS name nor an address.
     #[error("{name:?} cannot be a name of a certificate")]
@@ -110,6 +112,13 @@ impl Authority {
     #[must_use]
     pub fn roots_pem(&self) -> &str {
         &self.roots
+    }
+
+    /// The same authority, beside which others are trusted too.
+    #[must_use]
+    pub(crate) fn with_roots(mut self, roots_pem: String) -> Self {
+        self.roots = roots_pem;
+        self
     }
 
     /// End of the authority's own validity.

@@ -15,11 +15,12 @@ use mesh_api::{
     },
 };
 use prost_types::{Struct, value};
+use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 use tracing::{error, info, warn};
 
 use super::{Authority, CSR_MAX_BYTES, CsrError, SigningRequest};
-use crate::{credentials::NodeCredentials, hub::Hub, telemetry::Metrics};
+use crate::{authn::Nodes, credentials::NodeName, hub::Hub, telemetry::Metrics};
 
 /// Metadata field in which a node agent names the workload that it asks for.
 const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";
@@ -29,8 +30,8 @@ const REQUEST_MAX_BYTES: usize = CSR_MAX_BYTES + 16 * 1024;
 /// Signs for nodes what they run.
 #[derive(Debug)]
 pub(crate) struct CaService {
-    pub authority: Arc<Authority>,
-    pub credentials: Arc<NodeCredentials>,
+    pub authority: watch::Receiver<Arc<Authority>>,
+    pub nodes: Nodes,
     pub hub: Hub,
     pub metrics: Metrics,
 }
@@ -45,7 +46,11 @@ impl IstioCertificateService for CaService {
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        match self.answer(request, SystemTime::now()) {
+        let answer = match self.nodes.authenticate(request.metadata()).await {
+            Ok(caller) => self.answer(&caller.node, request.into_inner(), SystemTime::now()),
+            Err(status) => Err(status),
+        };
+        match answer {
             Ok(response) => {
                 self.metrics.certificates_signed.inc();
                 Ok(Response::new(response))
@@ -65,11 +70,10 @@ impl IstioCertificateService for CaService {
 impl CaService {
     fn answer(
         &self,
-        request: Request<IstioCertificateRequest>,
+        node: &NodeName,
+        message: IstioCertificateRequest,
         now: SystemTime,
     ) -> Result<IstioCertificateResponse, Status> {
-        let node = self.credentials.authenticate(request.metadata())?.node;
-        let message = request.into_inner();
         let invalid = |error: CsrError| {
             warn!(%node, %error, "refused a signing request");
             Status::invalid_argument(error.to_string())
@@ -86,8 +90,8 @@ impl CaService {
         let requested = u64::try_from(message.validity_duration)
             .ok()
             .filter(|seconds| *seconds > 0);
-        let signed = self
-            .authority
+        let authority = self.authority.borrow().clone();
+        let signed = authority
             .sign(&csr, &identity, requested.map(Duration::from_secs), now)
             .map_err(|error| {
                 error!(%identity, %error, "could not sign");

@@ -129,7 +129,8 @@ impl Index {
         self.objects.get(&kind).copied().unwrap_or(0)
     }
 
-    /// Whether a workload of that identity runs on `node`: the question on which signing depends.
+    /// Whether a workload of that identity runs on `node`: the question on which signing depends. What shares the node's own
+    /// network is never enrolled and gets no certificate.
     #[must_use]
     pub fn runs_on(&self, node: &str, identity: &Identity) -> bool {
         identity.trust_domain() == self.mesh.trust_domain
@@ -141,7 +142,9 @@ impl Index {
                 .any(|key| {
                     key.namespace == identity.namespace()
                         && self.member(key).is_some_and(|member| {
-                            member.running && member.service_account == identity.service_account()
+                            member.running
+                                && !member.host_network
+                                && member.service_account == identity.service_account()
                         })
                 })
     }

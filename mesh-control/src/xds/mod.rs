@@ -1,5 +1,6 @@
 //! The discovery service: delta ADS as agents (Weft's and Istio's) speak it.
 
+mod progress;
 pub mod session;
 
 use std::{sync::Arc, time::Duration};
@@ -20,11 +21,12 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::{
-    credentials::{Authenticated, NodeCredentials},
+    authn::{Caller, Nodes},
     hub::Hub,
     index::ResourceType,
     telemetry::Metrics,
 };
+pub use progress::{Progress, Spread};
 use session::{Event, Session, Violation};
 
 /// Most streams at a time: ten times the 1,000 agents that a control plane is built for, for restarts that overlap.
@@ -44,8 +46,9 @@ const AUTHORIZATION_WAIT: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(crate) struct Discovery {
     pub hub: Hub,
-    pub credentials: Arc<NodeCredentials>,
+    pub nodes: Nodes,
     pub metrics: Metrics,
+    pub progress: Arc<Progress>,
     pub stop: watch::Receiver<bool>,
     pub streams: Arc<Semaphore>,
 }
@@ -64,18 +67,19 @@ impl AggregatedDiscoveryService for Discovery {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let authenticated = self.credentials.authenticate(request.metadata())?;
+        let caller = self.nodes.authenticate(request.metadata()).await?;
         let permit = self.streams.clone().try_acquire_owned().map_err(|_| {
             Status::resource_exhausted("this control plane serves too many streams")
         })?;
         let (outgoing, responses) = mpsc::channel(RESPONSES_QUEUED_MAX);
-        let span = info_span!("discovery", node = %authenticated.node);
+        let span = info_span!("discovery", node = %caller.node);
         let stream = Stream {
             session: Session::default(),
             hub: self.hub.clone(),
-            credentials: self.credentials.clone(),
+            nodes: self.nodes.clone(),
             metrics: self.metrics.clone(),
-            authenticated,
+            progress: self.progress.enter(caller.node.clone()),
+            caller,
             outgoing,
             _permit: permit,
         };
@@ -92,9 +96,10 @@ impl AggregatedDiscoveryService for Discovery {
 struct Stream {
     session: Session,
     hub: Hub,
-    credentials: Arc<NodeCredentials>,
+    nodes: Nodes,
     metrics: Metrics,
-    authenticated: Authenticated,
+    progress: progress::Entry,
+    caller: Caller,
     outgoing: Outgoing,
     _permit: OwnedSemaphorePermit,
 }
@@ -145,6 +150,7 @@ impl Stream {
             if let Err(end) = self.send_pending(hold).await {
                 return end;
             }
+            self.progress.set(self.session.applied());
             let held = hold && self.session.awaits_authorization();
             let release = hold_until.unwrap_or_else(Instant::now);
             tokio::select! {
@@ -162,7 +168,7 @@ impl Stream {
                 },
                 changed = generation.changed() => if changed.is_err() { return End::Client },
                 () = sleep_until(release), if held => {}
-                _ = recheck.tick() => if !self.credentials.still_valid(&self.authenticated) {
+                _ = recheck.tick() => if !self.nodes.still_valid(&self.caller) {
                     return End::Refused(Status::unauthenticated("the node's token was withdrawn"));
                 },
                 () = crate::stopped(&mut stop) => {
@@ -179,12 +185,11 @@ impl Stream {
                 type_url = request.type_url,
                 "first request"
             );
-            if let Some(name) = node_name(node).filter(|name| **name != *self.authenticated.node.0)
-            {
+            if let Some(name) = node_name(node).filter(|name| **name != *self.caller.node.0) {
                 // It would get the mesh but no certificate: better told here, where the operator looks first.
                 return Err(End::Refused(Status::permission_denied(format!(
                     "the token is that of node {}, but the agent is {name}: give it the token of {name}",
-                    self.authenticated.node
+                    self.caller.node
                 ))));
             }
         }

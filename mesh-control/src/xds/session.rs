@@ -68,6 +68,10 @@ struct Subscription {
     dirty: Dirty,
     /// Generation of the store up to which `dirty` is complete.
     seen: u64,
+    /// Generation of the store that the client has applied.
+    applied: u64,
+    /// The client refused the last response that it answered.
+    refused: bool,
     in_flight: Option<InFlight>,
     /// A request is owed a response, even an empty one.
     owed: bool,
@@ -90,6 +94,8 @@ impl Default for Dirty {
 struct InFlight {
     nonce: String,
     names: Vec<Arc<str>>,
+    /// Generation that the client has when it acknowledges; `None` if more is to follow for it.
+    completes: Option<u64>,
 }
 
 /// Which half of the difference a response carries.
@@ -136,6 +142,15 @@ impl Session {
     pub fn awaits_authorization(&self) -> bool {
         let [address, authorization] = &self.subscriptions;
         authorization.is_none() && address.as_ref().is_some_and(Subscription::has_work)
+    }
+
+    /// Generation of the store up to which the client has acknowledged everything of every type; 0 until it has asked for
+    /// all of them.
+    #[must_use]
+    pub fn applied(&self) -> u64 {
+        let applied = self.subscriptions.iter();
+        let applied = applied.map(|it| it.as_ref().map_or(0, Subscription::applied));
+        applied.min().unwrap_or(0)
     }
 
     /// The next response to send, or `None` until something happens. `hold_addresses`: do not begin with addresses
@@ -192,6 +207,7 @@ impl Session {
         subscription.in_flight = Some(InFlight {
             nonce: nonce.clone(),
             names: names.collect(),
+            completes: (!subscription.has_work()).then_some(subscription.seen),
         });
         let resources = delta.upserts.iter().map(|(name, resource)| wire::Resource {
             version: resource.version.to_string(),
@@ -260,6 +276,8 @@ impl Subscription {
                 .collect(),
             dirty: Dirty::All,
             seen: 0,
+            applied: 0,
+            refused: false,
             in_flight: None,
             owed: true,
         }
@@ -270,7 +288,9 @@ impl Subscription {
         let Some(in_flight) = self.in_flight.take_if(answers) else {
             return Event::Accepted;
         };
+        self.refused = request.error_detail.is_some();
         let Some(error) = &request.error_detail else {
+            self.applied = in_flight.completes.unwrap_or(self.applied);
             return Event::Accepted;
         };
         let mut reason = error.message.clone();
@@ -328,6 +348,11 @@ impl Subscription {
             return Err(Violation::TooManyNames);
         }
         Ok(())
+    }
+
+    fn applied(&self) -> u64 {
+        let idle = self.in_flight.is_none() && !self.has_work() && !self.refused;
+        if idle { self.seen } else { self.applied }
     }
 
     fn has_work(&self) -> bool {

@@ -456,3 +456,26 @@ fn demands_are_limited() {
         "in the first request as well"
     );
 }
+
+#[test]
+fn what_is_applied_is_what_was_acknowledged() {
+    let mut world = World::new(&pod("cart", "10.0.0.1"));
+    let is_newest = |world: &World| world.session.applied() == world.index.store().generation();
+    world.subscribe(ADDRESS, &["*"]);
+    world.subscribe(AUTHORIZATION, &["*"]);
+    assert_eq!(world.session.applied(), 0);
+    while let Some(got) = world.next() {
+        world.ack(got.kind);
+    }
+    assert!(is_newest(&world));
+    world.put(&pod("web", "10.0.0.2"));
+    assert!(!is_newest(&world));
+    world.next();
+    assert!(!is_newest(&world), "sent is not applied");
+    world.answer(ADDRESS, Some("no"));
+    assert!(world.next().is_none() && !is_newest(&world), "refused");
+    world.put(&pod("web", "10.0.0.3"));
+    world.next();
+    world.ack(ADDRESS);
+    assert!(is_newest(&world));
+}

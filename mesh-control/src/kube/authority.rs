@@ -30,7 +30,7 @@ use crate::ca::{
 };
 
 /// How often the objects are looked at. Rotations take hours; a first start waits for this at most once.
-const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// Key of the bundle in its ConfigMap: the name of the file that agents mount.
 pub(super) const BUNDLE_KEY: &str = "root-cert.pem";
 /// Annotation of the outgoing authority: since when, RFC 3339.
@@ -88,6 +88,8 @@ pub(super) struct Keeper {
     pub places: Places,
     pub trust_domain: String,
     pub leaf_max_lifetime: Duration,
+    /// Time between two looks; [`LOOK_INTERVAL`] outside of tests.
+    pub look_interval: Duration,
     /// Whether this replica writes.
     pub leader: watch::Receiver<bool>,
     /// What is in use.
@@ -133,7 +135,7 @@ impl Keeper {
                         continue;
                     }
                     tokio::select! {
-                        () = sleep(Dice::random().jitter(LOOK_INTERVAL)) => {}
+                        () = sleep(Dice::random().jitter(self.look_interval)) => {}
                         // What was left to another writer may now be ours to write.
                         _ = leader.wait_for(|leads| *leads), if !*leader.borrow() => {}
                     }
@@ -420,3 +422,7 @@ fn raced(answer: Result<(), ApiError>, what: impl Fn() -> String) -> Result<(), 
         }),
     }
 }
+
+#[cfg(test)]
+#[path = "authority_tests.rs"]
+mod tests;

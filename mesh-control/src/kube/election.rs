@@ -20,7 +20,7 @@ pub(super) const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// A Lease, as far as it matters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Record {
-    /// Who holds it; empty when it was given back.
+    /// Who holds it; empty when nobody does.
     pub holder: String,
     /// Changes with every renewal.
     pub version: String,

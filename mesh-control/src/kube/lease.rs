@@ -181,7 +181,8 @@ impl Candidate {
             return;
         };
         if let Some(spec) = &mut lease.spec {
-            spec.holder_identity = Some(String::new());
+            // The API server refuses an empty one.
+            spec.holder_identity = None;
         }
         let path = self.place.path();
         let released = self

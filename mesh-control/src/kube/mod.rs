@@ -212,6 +212,7 @@ async fn start_with(
         },
         trust_domain: config.mesh.trust_domain.clone(),
         leaf_max_lifetime: config.ca.leaf_max_lifetime,
+        look_interval: authority::LOOK_INTERVAL,
         leader: leads.clone(),
         authority,
     };

@@ -227,11 +227,6 @@ impl Inputs {
         self.changes.push(Change::Remove(key.clone()));
     }
 
-    /// Whether every kind was listed as a whole at least once.
-    pub fn is_complete(&self) -> bool {
-        self.kinds.values().all(|state| state.complete)
-    }
-
     /// The kinds of which no list was whole yet.
     pub fn missing(&self) -> Vec<Kind> {
         let incomplete = self.kinds.iter().filter(|(_, state)| !state.complete);

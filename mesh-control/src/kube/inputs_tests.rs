@@ -74,11 +74,11 @@ fn nothing_is_complete_before_every_kind_was_listed_as_a_whole() {
     inputs.list(Kind::AuthorizationPolicy, []);
     inputs.on(Kind::Pod, Event::Begin);
     inputs.on(Kind::Pod, Event::Listed(pod("a", "10.0.0.1")));
-    assert!(!inputs.is_complete(), "half a list");
+    assert_eq!(inputs.missing(), [Kind::Pod], "half a list");
     inputs.on(Kind::Pod, Event::Begin);
     assert_eq!(inputs.missing(), [Kind::Pod], "the list began anew");
     inputs.on(Kind::Pod, Event::End);
-    assert!(inputs.is_complete());
+    assert!(inputs.missing().is_empty());
 }
 
 #[test]
@@ -251,62 +251,4 @@ fn after_a_whole_list_the_index_has_what_the_server_has() {
             }
         }
     }
-}
-
-/// Bytes of memory that this process holds.
-fn resident_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").expect("Linux");
-    let pages = statm
-        .split(' ')
-        .nth(1)
-        .and_then(|pages| pages.parse::<u64>().ok());
-    pages.expect("a number") * 4096
-}
-
-#[test]
-#[ignore = "takes a minute; what 100,000 pods cost"]
-fn a_hundred_thousand_pods_stay_within_the_memory_of_a_control_plane() {
-    let labels =
-        |service: usize| json!({"app": format!("app-{service}"), "pod-template-hash": "5d8f9c7b6"});
-    let hub = crate::hub::Hub::new(Default::default());
-    let mut inputs = Inputs::new(
-        &[Kind::Namespace, Kind::Service, Kind::Pod],
-        "weft-system",
-        AgentPods::new([agent_account()].into()),
-    );
-    let before = resident_bytes();
-    let start = std::time::Instant::now();
-    inputs.list(Kind::Namespace, []);
-    let services = (0..5_000_usize).map(|service| {
-        item::<k8s_openapi::api::core::v1::Service>(json!({
-            "metadata": {"name": format!("app-{service}"), "namespace": format!("ns-{}", service % 100)},
-            "spec": {"clusterIP": format!("10.96.{}.{}", service / 250, service % 250 + 1),
-                     "selector": {"app": format!("app-{service}")}, "ports": [{"port": 80, "name": "http"}]},
-        }))
-    });
-    inputs.list(Kind::Service, services.collect::<Vec<_>>());
-    hub.apply(inputs.take_changes());
-    inputs.on(Kind::Pod, Event::Begin);
-    for pod in 0..100_000_usize {
-        let service = pod % 5_000;
-        let (high, middle, low) = (pod / 62_500, pod / 250 % 250, pod % 250 + 1);
-        let item = item::<KubePod>(json!({
-            "metadata": {"name": format!("app-{service}-5d8f9c7b6-{pod}"), "namespace": format!("ns-{}", service % 100),
-                         "uid": format!("2f0c7a52-0d2b-4d0c-9c1f-{pod:012}"), "labels": labels(service)},
-            "spec": {"nodeName": format!("node-{}", pod % 1_000), "serviceAccountName": format!("app-{service}"),
-                     "containers": [{"ports": [{"containerPort": 8080, "name": "http"}]}]},
-            "status": {"phase": "Running", "podIP": format!("10.{high}.{middle}.{low}"),
-                       "conditions": [{"type": "Ready", "status": "True"}]},
-        }));
-        inputs.on(Kind::Pod, Event::Listed(item));
-        if pod % 4_096 == 0 {
-            hub.apply(inputs.take_changes());
-        }
-    }
-    inputs.on(Kind::Pod, Event::End);
-    hub.apply(inputs.take_changes());
-    let megabytes = (resident_bytes() - before) / 1_000_000;
-    println!("{megabytes} MB, {:?}", start.elapsed());
-    assert!(inputs.is_complete());
-    assert!(megabytes < 600, "{megabytes} MB");
 }

@@ -37,10 +37,19 @@ const NODES: [&str; 2] = ["weft-test-a", "weft-test-b"];
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn kubeconfig() -> PathBuf {
-    let path = std::env::var_os("WEFT_TEST_KUBECONFIG");
-    path.expect("WEFT_TEST_KUBECONFIG names a kubeconfig")
-        .into()
+/// Names the kubeconfig of the cluster.
+const KUBECONFIG: &str = "WEFT_TEST_KUBECONFIG";
+/// Names the command that restarts its API server.
+const RESTART: &str = "WEFT_TEST_RESTART";
+
+/// The value of a setting, or a note that `test` cannot run without it.
+fn setting(name: &str, test: &str) -> Option<String> {
+    let value = std::env::var(name).ok();
+    if value.is_none() {
+        let noted = mesh_tests::skip::note(test, &format!("{name} is not set"));
+        noted.expect("a skipped test is noted");
+    }
+    value
 }
 
 /// A cluster with the objects that all tests need.
@@ -175,8 +184,8 @@ impl Cluster {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), SYSTEM);
         let uid = pods.get(pod).await.expect("there").metadata.uid;
         let request = TokenRequest {
-            spec: TokenRequestSpec {
-                audiences: vec![audience.to_owned()],
+            spec: Some(TokenRequestSpec {
+                audiences: Some(vec![audience.to_owned()]),
                 bound_object_ref: Some(BoundObjectReference {
                     api_version: Some("v1".into()),
                     kind: Some("Pod".into()),
@@ -184,12 +193,14 @@ impl Cluster {
                     uid,
                 }),
                 expiration_seconds: Some(3600),
-            },
+                ..TokenRequestSpec::default()
+            }),
             ..TokenRequest::default()
         };
         let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), SYSTEM);
         let made = accounts.create_token_request("weft-agent", &PostParams::default(), &request);
-        made.await.expect("made").status.expect("a token").token
+        let status = made.await.expect("made").status;
+        status.and_then(|status| status.token).expect("a token")
     }
 
     async fn start(&self, replica: &str) -> KubernetesHandle {

@@ -67,9 +67,18 @@ pub enum ApiError {
 }
 
 impl ApiError {
-    /// Whether the server answered at all.
-    pub(super) fn is_answer(&self) -> bool {
-        !matches!(self, Self::Unreachable(_) | Self::Slow(_))
+    /// Whether the version from which was asked may be at fault. (504 is "too large resource version": the server has not
+    /// reached it, and after a restored backup never will.)
+    pub(super) fn may_be_the_version(&self) -> bool {
+        matches!(
+            self,
+            Self::NotFound(_)
+                | Self::Malformed(_)
+                | Self::Refused {
+                    code: 400 | 422 | 504,
+                    ..
+                }
+        )
     }
 
     fn of_status(status: &kube::core::Status) -> Self {

@@ -112,7 +112,8 @@ impl Reflector {
                 .filter(|token| !token.is_empty());
             if continue_token.is_none() {
                 self.send(T::KIND, Event::End).await?;
-                self.worked(T::KIND);
+                // No reason yet to pause less: a server that forgets every list at once must not be asked in a tight loop.
+                self.answered(T::KIND);
                 info!(kind = T::KIND.name(), objects, "listed");
                 return Ok(Ok(page.metadata.resource_version));
             }
@@ -128,7 +129,8 @@ impl Reflector {
             let end = self.watch::<T>(&mut version).await?;
             let advanced = version != before;
             if advanced || begun.elapsed() >= WORKED {
-                self.worked(T::KIND);
+                self.answered(T::KIND);
+                self.backoff.reset();
                 refusals = 0;
             }
             match end {
@@ -137,10 +139,7 @@ impl Reflector {
                         kind = T::KIND.name(),
                         "the API server has forgotten; listing again"
                     );
-                    // A server that forgets at once must not be asked in a tight loop.
-                    if !advanced {
-                        sleep(self.backoff.pause()).await;
-                    }
+                    sleep(self.backoff.pause()).await;
                     return Ok(());
                 }
                 End::Ended if advanced || begun.elapsed() >= WORKED => {
@@ -148,7 +147,7 @@ impl Reflector {
                 }
                 End::Ended => sleep(self.backoff.pause()).await,
                 End::Failed(error) => {
-                    refusals += u32::from(error.is_answer());
+                    refusals += u32::from(error.may_be_the_version());
                     self.failed::<T>("watch", &error).await;
                     if refusals >= REFUSALS_MAX {
                         return Ok(());
@@ -194,8 +193,7 @@ impl Reflector {
         self.events.send((kind, event)).await.map_err(|_| Closed)
     }
 
-    fn worked(&mut self, kind: Kind) {
-        self.backoff.reset();
+    fn answered(&mut self, kind: Kind) {
         if !self.complaint.is_empty() {
             info!(kind = kind.name(), "the API server answers again");
             self.complaint.clear();

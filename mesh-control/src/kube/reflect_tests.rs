@@ -193,6 +193,25 @@ async fn failures_are_retried_and_counted() {
 }
 
 #[tokio::test]
+async fn a_version_that_the_server_never_reaches_is_given_up() {
+    let fake = FakeApi::start().await;
+    fake.put(PODS, pod("a", "10.0.0.1"));
+    let mut following = Following::begin(&fake, fake.api());
+    following.next(3).await;
+    following.watching(0).await;
+    for code in [429, 504, 500, 504, 504] {
+        fake.fail(PODS, code);
+    }
+    fake.cut();
+    assert_eq!(following.next(3).await, ["begin", "=a", "end"]);
+    assert_eq!(
+        fake.requests("watch"),
+        6,
+        "an overloaded server is not listed"
+    );
+}
+
+#[tokio::test]
 async fn a_server_that_was_away_is_followed_on() {
     let fake = FakeApi::start().await;
     fake.put(PODS, pod("a", "10.0.0.1"));

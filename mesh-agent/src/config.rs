@@ -11,7 +11,10 @@ use std::{
 use mesh_api::{identity::Identity, local::Enrolment};
 use serde::{Deserialize, Serialize};
 
-use crate::proxy::TunnelCodec;
+use crate::proxy::{
+    TunnelCodec,
+    limits::{Limits, STREAM_WINDOW_BYTES},
+};
 
 /// Largest configuration file read, in bytes: thousands of workloads fit, a wrong file (a log, a disk) does not.
 pub const FILE_MAX_BYTES: u64 = 4 << 20;
@@ -150,6 +153,12 @@ pub struct ProxyConfig {
     /// Which implementation of HTTP/2 writes the tunnels: `native`, our own, or `h2`, the crate. Both speak the same
     /// protocol; peers need not agree.
     pub tunnel_codec: TunnelCodec,
+    /// Connections, in and out, of one workload.
+    pub max_connections_per_workload: u64,
+    /// Bytes that may wait for the slow readers of one workload.
+    pub max_buffered_bytes_per_workload: u64,
+    /// Bytes that may wait for all slow readers of the node.
+    pub max_buffered_bytes: u64,
 }
 
 /// Fewest and most flows; an entry takes some 100 bytes of kernel memory.
@@ -163,6 +172,7 @@ const CERTIFICATE_LIFETIME_MIN_SECONDS: u64 = 10;
 
 impl Default for ProxyConfig {
     fn default() -> Self {
+        let limits = Limits::default();
         Self {
             workers: 0,
             drain_deadline_seconds: 5,
@@ -170,6 +180,9 @@ impl Default for ProxyConfig {
             upgrade_drain_seconds: 60 * 60,
             certificate_lifetime_seconds: 24 * 60 * 60,
             tunnel_codec: TunnelCodec::default(),
+            max_connections_per_workload: limits.connections_per_workload,
+            max_buffered_bytes_per_workload: limits.memory.per_workload_bytes,
+            max_buffered_bytes: limits.memory.per_node_bytes,
         }
     }
 }
@@ -288,6 +301,21 @@ impl AgentConfig {
                 "proxy.certificateLifetimeSeconds",
                 format!("at least {CERTIFICATE_LIFETIME_MIN_SECONDS}"),
             );
+        }
+        let least = u64::from(STREAM_WINDOW_BYTES);
+        for (setting, bytes) in [
+            (
+                "proxy.maxBufferedBytesPerWorkload",
+                self.proxy.max_buffered_bytes_per_workload,
+            ),
+            ("proxy.maxBufferedBytes", self.proxy.max_buffered_bytes),
+        ] {
+            if bytes < least {
+                return invalid(setting, format!("at least {least}, the window of a stream"));
+            }
+        }
+        if self.proxy.max_connections_per_workload == 0 {
+            return invalid("proxy.maxConnectionsPerWorkload", "at least 1".into());
         }
         self.validate_control_plane()?;
         self.validate_workloads()
@@ -416,13 +444,20 @@ mod tests {
     #[test]
     fn names_the_setting_that_cannot_work() {
         type Spoil = fn(&mut AgentConfig);
-        let cases: [(&str, Spoil); 12] = [
+        let cases: [(&str, Spoil); 15] = [
             ("node.name", |c| c.node.name.clear()),
             ("node.name", |c| c.node.name = "../n".into()),
             ("node.trustDomain", |c| c.node.trust_domain = "a b".into()),
             ("node.network", |c| c.node.network = "a/b".into()),
             ("listen.admin", |c| {
                 c.listen.admin = ([0, 0, 0, 0], 1).into()
+            }),
+            ("proxy.maxBufferedBytesPerWorkload", |c| {
+                c.proxy.max_buffered_bytes_per_workload = 1;
+            }),
+            ("proxy.maxBufferedBytes", |c| c.proxy.max_buffered_bytes = 1),
+            ("proxy.maxConnectionsPerWorkload", |c| {
+                c.proxy.max_connections_per_workload = 0;
             }),
             ("kernel.flowsMax", |c| {
                 c.kernel.flows_max = FLOWS_RANGE.start() - 1

@@ -309,6 +309,40 @@ fn the_agent_reaches_the_application_with_the_clients_address() -> Result<()> {
 }
 
 #[test]
+fn source_ports_run_out_per_destination_and_no_other_address_takes_their_place() -> Result<()> {
+    /// What the kernel may choose from, in the dialling pod.
+    const PORTS: (&str, usize) = ("40000 40003", 4);
+    let lab = lab(Families::V4)?;
+    let capture = start(lab.node("n1")?)?;
+    let (web, cart) = (lab.pod("web")?, lab.pod("cart")?);
+    let (enrolled, _listeners) = enrol(&capture, web, CaptureSettings::default())?;
+    mesh_tests::netns::sysctl(&web.netns, &[("ipv4/ip_local_port_range", PORTS.0)])?;
+    let listen = |port| {
+        let at = cart.at(port);
+        mesh_tests::netns::within(&cart.netns, || TcpListener::bind(at))
+    };
+    let _listening = [listen(PORT)??, listen(PORT + 1)??];
+    block_on(async {
+        let dial = async |port| {
+            let to = cart.at(port);
+            mesh_agent::capture::dial(&enrolled.local, to, DialOptions::default()).await
+        };
+        let mut open = Vec::new();
+        for _ in 0..PORTS.1 {
+            open.push(dial(PORT).await?);
+        }
+        let error = dial(PORT).await.expect_err("all ports are in use");
+        assert_eq!(error.kind(), std::io::ErrorKind::AddrNotAvailable);
+        // Each of them is free towards another destination.
+        open.push(dial(PORT + 1).await?);
+        for stream in &open {
+            assert_eq!(stream.local_addr()?.ip(), web.address());
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn without_an_agent_the_kernel_fails_closed_or_open() -> Result<()> {
     for (failure_mode, expected) in [(FailureMode::Closed, "111"), (FailureMode::Open, "0")] {
         let lab = lab(Families::V4)?;

@@ -32,6 +32,9 @@ pub struct ControlConfig {
 pub struct SourceConfig {
     /// Folder of `*.yaml`, `*.yml` and `*.json` manifests; watched.
     pub folder: PathBuf,
+    /// Folder in which the last good objects are kept over restarts; made when it is first needed. `None`: what is bad at
+    /// a restart is gone, except that bad policies deny.
+    pub last_good: Option<PathBuf>,
 }
 
 /// Where agents connect to.
@@ -190,6 +193,7 @@ mod tests {
         ControlConfig {
             source: SourceConfig {
                 folder: "manifests".into(),
+                last_good: None,
             },
             ..ControlConfig::default()
         }

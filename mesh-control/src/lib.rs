@@ -83,7 +83,7 @@ pub enum StartError {
 /// use mesh_control::{ControlPlane, config::{ControlConfig, SourceConfig}};
 ///
 /// let config = ControlConfig {
-///     source: SourceConfig { folder: "manifests".into() },
+///     source: SourceConfig { folder: "manifests".into(), last_good: None },
 ///     ..ControlConfig::default() // a free port of 127.0.0.1, an authority in memory
 /// };
 /// let control = ControlPlane::start(config, prometheus::Registry::new()).await?;
@@ -126,8 +126,11 @@ impl ControlPlane {
         let authority = open_authority(&config, SystemTime::now())?;
         let hub = Hub::new(config.mesh.clone());
         let watch = files::watch_folder(&config.source.folder);
-        let (source, changes) =
-            FilesSource::open(&config.source.folder, &config.mesh.root_namespace)?;
+        let (source, changes) = FilesSource::open(
+            &config.source.folder,
+            &config.mesh.root_namespace,
+            config.source.last_good.as_deref(),
+        )?;
         source.require_read()?;
         hub.apply(changes);
 

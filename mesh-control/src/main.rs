@@ -1,7 +1,7 @@
 //! `mesh-control`: the control plane of Weft as a process of its own.
 //!
 //! ```text
-//! mesh-control run --source DIR --listen ADDR --ca-dir DIR --node-tokens FILE [--tls-name NAME]...
+//! mesh-control run --source DIR --listen ADDR --ca-dir DIR --node-tokens FILE [--last-good DIR] [--tls-name NAME]...
 //!                  [--metrics-addr ADDR] [--trust-domain NAME] [--cluster-id NAME] [--cluster-domain NAME]
 //!                  [--root-namespace NAME] [--network NAME] [--leaf-max-lifetime SECONDS]
 //!                  [--log FILTER] [--log-format text|json]
@@ -24,6 +24,9 @@
 //!   - `roots.pem` (optional, yours): further roots that are trusted, for the overlap while roots change. Required
 //!     when `ca-cert.pem` is an intermediate.
 //!   - `root-cert.pem`: written at every start: all trusted roots. **Give this file to the agents**; it holds no secret.
+//! - `--last-good DIR` (default: `last-good` in `--ca-dir`): the last good objects of every manifest file, so that a file
+//!   that is broken when the control plane restarts costs nothing. Nobody but the control plane writes there; it may
+//!   be removed while the control plane is stopped.
 //! - `--node-tokens FILE`: credentials of nodes. One per line: `<token> <node name>`, separated by blanks; `#` begins a
 //!   comment line. A token is 16 to 512 printable ASCII characters without blanks; `openssl rand -hex 32` makes a good one.
 //!   The node name is what manifests say in `spec.nodeName` (Pods) or `spec.node` (ExternalWorkloads). Two lines may
@@ -72,6 +75,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
+/// Where the last good objects are kept, in the authority's folder.
+const LAST_GOOD_FOLDER: &str = "last-good";
+
 /// The control plane of Weft: tells agents what exists and what is allowed, and signs certificates.
 #[derive(Debug, Parser)]
 #[command(name = "mesh-control", version)]
@@ -111,6 +117,9 @@ struct RunArgs {
     /// Folder of the certificate authority; made at the first start. Required with a folder of manifests.
     #[arg(long, value_name = "DIR", env = "WEFT_CONTROL_CA_DIR")]
     ca_dir: Option<PathBuf>,
+    /// Folder in which the last good objects of every manifest are kept over restarts [default: last-good in --ca-dir].
+    #[arg(long, value_name = "DIR", env = "WEFT_CONTROL_LAST_GOOD")]
+    last_good: Option<PathBuf>,
     /// File of node credentials: lines `<token> <node name>`, mode 0600. Required with a folder of manifests.
     #[arg(long, value_name = "FILE", env = "WEFT_CONTROL_NODE_TOKENS")]
     node_tokens: Option<PathBuf>,
@@ -327,6 +336,10 @@ impl RunArgs {
         Ok(Plan::Files(Box::new(ControlConfig {
             source: SourceConfig {
                 folder: self.source,
+                last_good: Some(
+                    self.last_good
+                        .unwrap_or_else(|| ca_dir.join(LAST_GOOD_FOLDER)),
+                ),
             },
             server,
             ca: CaConfig {
@@ -425,13 +438,14 @@ fn keep_the_key_in_memory() -> anyhow::Result<()> {
 }
 
 fn validate(folder: &std::path::Path) -> ExitCode {
-    let (source, changes) = match FilesSource::open(folder, &MeshConfig::default().root_namespace) {
-        Ok(opened) => opened,
-        Err(error) => {
-            eprintln!("mesh-control: {error}");
-            return ExitCode::from(2);
-        }
-    };
+    let (source, changes) =
+        match FilesSource::open(folder, &MeshConfig::default().root_namespace, None) {
+            Ok(opened) => opened,
+            Err(error) => {
+                eprintln!("mesh-control: {error}");
+                return ExitCode::from(2);
+            }
+        };
     let problems = source.problems();
     for problem in &problems {
         println!("{problem}");

@@ -165,8 +165,7 @@ fn issue(
     now: SystemTime,
 ) -> Result<Arc<CertifiedKey>, ServerError> {
     let made = authority.serving(names, now)?;
-    let key = CertifiedKey::from_der(made.chain, made.key, &aws_lc_rs::default_provider())?;
-    Ok(Arc::new(key))
+    Ok(Arc::new(CertifiedKey::new(made.chain, made.key)))
 }
 
 /// The library's defaults, but hybrid post-quantum key exchange is preferred.

@@ -136,6 +136,7 @@ fn config(world: &Path) -> ControlConfig {
     ControlConfig {
         source: SourceConfig {
             folder: world.join("manifests"),
+            last_good: None,
         },
         server: ServerConfig {
             metrics: Some(([127, 0, 0, 1], 0).into()),
@@ -323,6 +324,76 @@ async fn a_policy_that_is_bad_at_a_restart_opens_nothing() {
         matches!(unread, Err(StartError::Source(_))),
         "agents keep what they know: {unread:?}"
     );
+}
+
+/// The addresses that a new agent is told.
+async fn addresses(world: &World) -> Vec<String> {
+    let first = subscribe(ADDRESS_TYPE_URL);
+    let mut client = Client::connect(world, TOKEN, first).await.unwrap();
+    let told = client.next().await;
+    names(&told).into_iter().map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn what_is_bad_at_a_restart_keeps_its_last_good_version() {
+    const SERVICE: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop}\n\
+        spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n---\n";
+    const DENY: &str = "apiVersion: weft.dev/v1alpha1\nkind: AuthorizationPolicy\n\
+        metadata: {name: closed, namespace: shop}\nspec: {action: DENY, rules: [{}]}\n---\n";
+    let good = pod("web", "node-a", "10.0.0.1") + SERVICE + DENY;
+    let all = [
+        "Kubernetes//Pod/shop/web",
+        "shop/web.shop.svc.cluster.local",
+    ];
+    let mut world = World::start("").await;
+    let path = world.folder.path().to_owned();
+    let file = path.join("manifests/all.yaml");
+    let keeping = |last_good: Option<&str>| {
+        let mut config = config(&path);
+        config.source.last_good = last_good.map(|name| path.join(name));
+        ControlPlane::start(config, Registry::new())
+    };
+    // What the file says, with and without keeping; whether the mesh is as before.
+    let broken = good
+        .replace("podIPs", "podIP")
+        .replace("clusterIP", "clusterIPP")
+        .replace("rules", "rulez");
+    let texts = [
+        (broken.clone().into_bytes(), true),
+        (b"{ no: [yaml".to_vec(), true),
+        (vec![0xff], true),
+        (pod("cart", "node-a", "10.0.0.2").into_bytes(), false),
+    ];
+    for (text, kept) in texts {
+        world.control.shutdown().await;
+        fs::write(&file, &good).unwrap();
+        world.control = keeping(Some("kept")).await.unwrap();
+        let before = (addresses(&world).await, policies(&world).await);
+        assert_eq!(before.0, all);
+        world.control.shutdown().await;
+        fs::write(&file, &text).unwrap();
+        world.control = keeping(Some("kept")).await.unwrap();
+        let after = (addresses(&world).await, policies(&world).await);
+        assert_eq!(after == before, kept, "{after:?}");
+        let request = csr(&KeyPair::generate().unwrap());
+        let signed = world.sign(TOKEN, &request, Some(WEB)).await;
+        assert_eq!(signed.is_ok(), kept, "{signed:?}");
+    }
+    // The control: without it the broken objects are gone.
+    world.control.shutdown().await;
+    fs::write(&file, &broken).unwrap();
+    world.control = keeping(None).await.unwrap();
+    assert!(addresses(&world).await.is_empty());
+    // A file that is removed is gone for good, also if it comes back broken.
+    for text in [Some(&good), None, Some(&broken)] {
+        world.control.shutdown().await;
+        match text {
+            Some(text) => fs::write(&file, text).unwrap(),
+            None => fs::remove_file(&file).unwrap(),
+        }
+        world.control = keeping(Some("kept")).await.unwrap();
+    }
+    assert!(addresses(&world).await.is_empty());
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ pub mod inventory;
 pub mod lab;
 pub mod load;
 pub mod manifests;
+pub mod memory;
 pub mod mesh;
 pub mod metrics;
 pub mod netns;

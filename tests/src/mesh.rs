@@ -51,6 +51,8 @@ pub struct MeshSpec {
     pub agent_arguments: Vec<String>,
     /// Further arguments of the control plane.
     pub control_arguments: Vec<String>,
+    /// Descriptors that an agent may open; `None` for as many as this process.
+    pub agent_descriptors: Option<u64>,
     /// YAML of the agents' configuration file; `None` for none.
     pub agent_config: Option<String>,
     /// Manifests beside those of the pods: file name (without ending) and objects.
@@ -230,7 +232,11 @@ impl Mesh {
             Some(_) => program.arg("--config").arg(self.config_file()),
             None => program,
         };
-        Ok(program.args(&self.spec.agent_arguments))
+        let program = program.args(&self.spec.agent_arguments);
+        Ok(match self.spec.agent_descriptors {
+            Some(most) => program.with_descriptors(most),
+            None => program,
+        })
     }
 
     /// Starts a node's agent; it may not be ready yet.

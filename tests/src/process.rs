@@ -121,6 +121,19 @@ impl Program {
         self
     }
 
+    /// Lets it open no more than so many descriptors.
+    #[must_use]
+    pub fn with_descriptors(mut self, most: u64) -> Self {
+        let limited = [
+            "sh".into(),
+            "-c".into(),
+            r#"ulimit -n "$0" && exec "$@""#.into(),
+            most.to_string().into(),
+        ];
+        self.arguments.splice(0..0, limited);
+        self
+    }
+
     /// The name under which its output files and errors appear.
     #[must_use]
     pub fn named(mut self, name: &str) -> Self {

@@ -1,13 +1,17 @@
 //! Identities across the mesh: every connection is attributed to the pod that made it, however many identities share
 //! a worker, a node and its tunnels; and an address that changes hands carries no identity over.
 
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{IpAddr, SocketAddr},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
     conversation::{LIMIT, Server, client, reaches, report},
     lab::{Families, Lab, LabSpec, Node, PodSpec},
-    manifests::policy,
+    manifests::{ServicePort, policy, service},
     mesh::{CONTROL_PORT, Mesh, MeshSpec},
     process::Program,
     programs, wait,
@@ -221,6 +225,138 @@ fn an_address_that_changed_hands_is_refused_until_the_client_knows() -> Result<(
     wait::until("the client's node to know the new pod", LIMIT, || {
         Ok(reaches(&lab, lab.pod("web")?, server.address)?.then_some(()))
     })
+}
+
+/// Two pods whose addresses are swapped again and again, and what is asked of them: by address and by service.
+struct Pair {
+    lab: Lab,
+    mesh: Mesh,
+    /// Of each identity, since the last swap.
+    servers: [Server; 2],
+}
+
+const PAIR: [&str; 2] = ["one", "two"];
+/// Swaps. The reliability table asks for 200; each makes two pods and enrols them, half a second in all.
+const SWAPS: usize = 30;
+
+impl Pair {
+    fn start() -> Result<Self> {
+        let lab = Lab::build(
+            LabSpec::new(Families::V4)
+                .node("n1", PAIR.map(PodSpec::new))
+                .node("n2", [PodSpec::new("web")]),
+        )?;
+        let mut spec = MeshSpec::default();
+        for (name, address) in PAIR.iter().zip(service_addresses()) {
+            let port = ServicePort {
+                name: "tcp",
+                port: PORT,
+                target: PORT,
+            };
+            let service = service("default", name, name, &[address], &[port]);
+            spec = spec.manifest(&format!("service-{name}"), [service]);
+        }
+        let mesh = Mesh::start(&lab, spec)?;
+        let servers = servers(&lab)?;
+        Ok(Self { lab, mesh, servers })
+    }
+
+    /// Deletes both pods and makes them again, each with the other's address.
+    fn swap(&mut self) -> Result<()> {
+        let node = self.lab.node("n1")?;
+        let addresses = [
+            self.lab.pod(PAIR[1])?.address(),
+            self.lab.pod(PAIR[0])?.address(),
+        ];
+        for name in PAIR {
+            let pod = self.lab.pod(name)?;
+            self.mesh.unenroll(&self.lab, node, pod)?;
+            self.mesh.delete_pod(pod)?;
+        }
+        for name in PAIR {
+            self.lab.remove_pod(name)?;
+        }
+        for (name, address) in PAIR.into_iter().zip(addresses) {
+            self.lab
+                .add_pod("n1", PodSpec::new(name).address(address))?;
+        }
+        let node = self.lab.node("n1")?;
+        for name in PAIR {
+            let pod = self.lab.pod(name)?;
+            self.mesh.write_pod(node, pod, true)?;
+            self.mesh.enroll(&self.lab, node, pod)?;
+        }
+        for name in PAIR {
+            self.mesh
+                .wait_enrolled(&self.lab, node, self.lab.pod(name)?)?;
+        }
+        self.servers = servers(&self.lab)?;
+        Ok(())
+    }
+
+    fn served(&self) -> Result<[usize; 2]> {
+        let [one, two] = &self.servers;
+        Ok([one.served()?.len(), two.served()?.len()])
+    }
+}
+
+fn service_addresses() -> [IpAddr; 2] {
+    [1, 2].map(|last| IpAddr::from([10, 96, 0, last]))
+}
+
+fn servers(lab: &Lab) -> Result<[Server; 2]> {
+    let [one, two] = PAIR.map(|name| Server::start(lab, lab.pod(name)?, PORT));
+    Ok([one?, two?])
+}
+
+/// Each address and each service name an identity. Whoever has the address meanwhile, nothing reaches another one.
+#[test]
+fn addresses_that_are_swapped_deliver_nothing_to_the_wrong_identity() -> Result<()> {
+    let mut pair = Pair::start()?;
+    for swap in 0..SWAPS {
+        // Every other time the client's node hears of it late.
+        let late = swap % 2 == 0;
+        let before = PAIR.map(|name| pair.lab.pod(name).map(|pod| pod.at(PORT)));
+        let services = service_addresses().map(|address| SocketAddr::new(address, PORT));
+        if late {
+            cut_off(&pair.lab, pair.lab.node("n2")?, true)?;
+        }
+        pair.swap()?;
+        let (lab, web) = (&pair.lab, pair.lab.pod("web")?);
+        if late {
+            for to in before.into_iter().collect::<Result<Vec<_>>>()? {
+                ensure!(
+                    !reaches(lab, web, to)?,
+                    "swap {swap}: {to} has changed hands"
+                );
+            }
+            for to in services {
+                ensure!(!reaches(lab, web, to)?, "swap {swap}: {to} leads elsewhere");
+            }
+            ensure!(
+                pair.served()? == [0, 0],
+                "swap {swap}: delivered to another identity"
+            );
+            cut_off(lab, lab.node("n2")?, false)?;
+        }
+        // By service only the right pod may answer, from the first time on.
+        for (number, to) in services.into_iter().enumerate() {
+            wait::until("the client's node to know the swap", LIMIT, || {
+                Ok(reaches(lab, web, to)?.then_some(()))
+            })?;
+            let mut expected = [1, 1];
+            expected[number + 1..].fill(0);
+            wait::until("the served connection to be logged", LIMIT, || {
+                let served = pair.served()?;
+                ensure!(
+                    served.iter().zip(&expected).all(|(is, most)| is <= most),
+                    "swap {swap}: {to} was served as {served:?}"
+                );
+                Ok((served == expected).then_some(()))
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// Drops what the control plane sends to a node, or lets it through again. TCP sends it again then.

@@ -14,7 +14,7 @@ use crate::{
 ///
 /// Runs cargo fmt, clippy with warnings denied, cargo-deny (licences, bans, sources; advisories if the database can
 /// be had) and `tidy`: lengths of files and functions, leftovers, unsafe code out of place, dead files, links of the
-/// docs, tests that docs/guarantees.md names. Installs cargo-deny if it is missing.
+/// docs, tests that docs/guarantees.md and docs/threat-model.md name. Installs cargo-deny if it is missing.
 #[derive(Debug, clap::Args)]
 pub struct Options {
     /// Only the rules of our own (seconds, needs nothing)

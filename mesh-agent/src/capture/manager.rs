@@ -56,7 +56,7 @@ impl Enrolled {
             netns: Arc::new(netns),
             addresses: record.addresses.clone(),
             workload: arc_swap::ArcSwapOption::empty(),
-            connections: std::sync::atomic::AtomicU64::new(0),
+            holds: Arc::default(),
         };
         Self {
             local: Arc::new(local),

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64},
     },
 };
 
@@ -50,8 +50,23 @@ pub struct LocalWorkload {
     pub addresses: Vec<IpAddr>,
     /// What discovery says of it; absent until the control plane has told. Kept current by `lifecycle`.
     pub workload: ArcSwapOption<Workload>,
-    /// Connections open now, inbound and outbound.
+    /// What it holds of what the node has once.
+    pub holds: Arc<Holdings>,
+}
+
+/// What one workload holds in the proxy now.
+#[derive(Debug, Default)]
+pub struct Holdings {
+    /// Connections, inbound and outbound; streams of tunnels are connections.
     pub connections: AtomicU64,
+    /// Tunnels that it has open, or is opening, to peers.
+    pub outbound_tunnels: AtomicU64,
+    /// Descriptors of both.
+    pub descriptors: AtomicU64,
+    /// Bytes that may wait here because somebody does not read them.
+    pub buffered_bytes: AtomicU64,
+    /// Window that streams to it shall have; 0 as long as nothing ever waited.
+    pub stream_window_bytes: AtomicU32,
 }
 
 impl LocalWorkload {
@@ -65,23 +80,6 @@ impl LocalWorkload {
     #[must_use]
     pub fn owns(&self, address: IpAddr) -> bool {
         self.addresses.contains(&address)
-    }
-
-    /// Counts one more connection; the guard counts it down.
-    #[must_use]
-    pub fn connection(self: &Arc<Self>) -> ConnectionGuard {
-        self.connections.fetch_add(1, Ordering::Relaxed);
-        ConnectionGuard(self.clone())
-    }
-}
-
-/// Keeps a workload's connection count right.
-#[derive(Debug)]
-pub struct ConnectionGuard(Arc<LocalWorkload>);
-
-impl Drop for ConnectionGuard {
-    fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

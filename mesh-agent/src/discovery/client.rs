@@ -20,7 +20,7 @@ use prost_types::{Struct, Value, value};
 use rand::{SeedableRng, rngs::StdRng};
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -39,10 +39,13 @@ use super::{
     subscription::{Record, Subscription},
 };
 
-/// Longest time to reach the control plane, TLS included.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest time to reach the control plane, TLS included: room for two lost SYNs (sent again after 1 s and 3 s).
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 /// Longest time until the control plane accepts the stream. It answers at once unless it is stuck.
 pub const STREAM_OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time from there to its first response, which may hold the whole mesh: 40 MiB at 6 Mbit/s. A control plane
+/// that is stuck may still answer pings.
+pub const FIRST_RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
 /// A ping on the idle connection, so that a control plane that vanished is noticed within
 /// `KEEPALIVE_INTERVAL + KEEPALIVE_TIMEOUT`.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -221,6 +224,8 @@ pub struct DiscoveryClient {
     changes: watch::Sender<u64>,
     status: watch::Sender<DiscoveryStatus>,
     backoff: Backoff<StdRng>,
+    #[cfg(test)]
+    pipes: Option<super::tests::Pipes>,
 }
 
 impl DiscoveryClient {
@@ -245,9 +250,18 @@ impl DiscoveryClient {
             changes: watch::Sender::new(0),
             status,
             backoff: Backoff::new(StdRng::seed_from_u64(seed)),
+            #[cfg(test)]
+            pipes: None,
         };
         client.load_snapshot();
         Ok((client, receiver))
+    }
+
+    /// Connects in memory, for tests in paused time.
+    #[cfg(test)]
+    pub(super) fn through(mut self, pipes: super::tests::Pipes) -> Self {
+        self.pipes = Some(pipes);
+        self
     }
 
     fn load_snapshot(&mut self) {
@@ -307,11 +321,14 @@ impl DiscoveryClient {
 
     async fn reconnect_for_ever(&mut self) {
         loop {
-            let mut answered = None;
+            let (begun, mut answered) = (Instant::now(), None);
             let Err(error) = self.stream(&mut answered).await;
             // A control plane that accepts and then hangs never lived, however long that took.
-            let lived = answered.map_or(Duration::ZERO, |since: Instant| since.elapsed());
-            let wait = self.backoff.after(lived);
+            let (lived, spent) = match answered {
+                Some(since) => (Instant::elapsed(&since), Duration::ZERO),
+                None => (Duration::ZERO, begun.elapsed()),
+            };
+            let wait = self.backoff.after(lived, spent);
             warn!(%error, wait_ms = wait.as_millis(), "no discovery stream");
             self.status.send_modify(|status| {
                 status.phase = if status.ready {
@@ -353,11 +370,15 @@ impl DiscoveryClient {
             .into_inner();
         info!(address = %self.config.address, "discovery stream open");
         self.status.send_modify(|status| status.streams += 1);
+        let first = Instant::now() + FIRST_RESPONSE_TIMEOUT;
         loop {
-            let response = responses
-                .message()
-                .await
-                .map_err(|status| DiscoveryError::Stream(status.to_string()))?;
+            let response = match *answered {
+                Some(_) => responses.message().await,
+                None => timeout_at(first, responses.message())
+                    .await
+                    .map_err(|_| DiscoveryError::Timeout("answer the first request"))?,
+            };
+            let response = response.map_err(|status| DiscoveryError::Stream(status.to_string()))?;
             let response = response.ok_or(DiscoveryError::Closed)?;
             answered.get_or_insert_with(Instant::now);
             let reply = self.react(response);
@@ -377,10 +398,18 @@ impl DiscoveryClient {
         let endpoint = endpoint
             .tls_config(tls)
             .map_err(|e| DiscoveryError::Connect(chain(&e)))?;
-        match timeout(CONNECT_TIMEOUT, endpoint.connect()).await {
+        match timeout(CONNECT_TIMEOUT, self.dial(&endpoint)).await {
             Ok(connected) => connected.map_err(|e| DiscoveryError::Connect(chain(&e))),
             Err(_) => Err(DiscoveryError::Timeout("answer the connection")),
         }
+    }
+
+    async fn dial(&self, endpoint: &Endpoint) -> Result<Channel, tonic::transport::Error> {
+        #[cfg(test)]
+        if let Some(pipes) = &self.pipes {
+            return endpoint.connect_with_connector(pipes.clone()).await;
+        }
+        endpoint.connect().await
     }
 
     async fn bearer_token(&self) -> Result<Option<AsciiMetadataValue>, DiscoveryError> {

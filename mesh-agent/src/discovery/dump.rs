@@ -1,30 +1,76 @@
 //! The index as JSON, for the admin interface.
 
+use std::{net::SocketAddr, sync::Arc};
+
 use serde_json::{Value, json};
 
 use super::{
     model::{Policy, Service, Workload},
-    state::MeshState,
+    state::{MeshState, ServiceEntry, WorkloadEntry},
 };
 
 /// Most resources of one kind in a dump. A dump is for a human or a support bundle; at some 500 bytes each this keeps
 /// it near 5 MB, whatever the size of the mesh.
 pub const DUMP_MAX: usize = 10_000;
 
+/// What the index held at one moment. Taking it costs a reference per resource, so the index need not be locked while
+/// it is written out.
+#[derive(Debug)]
+pub struct Picture {
+    network: Arc<str>,
+    workloads: Vec<Arc<WorkloadEntry>>,
+    /// With the number of their members.
+    services: Vec<(Arc<ServiceEntry>, usize)>,
+    policies: Vec<Arc<Policy>>,
+    dead: Vec<SocketAddr>,
+}
+
 impl MeshState {
-    /// What is believed, by section, each cut at [`DUMP_MAX`] in the order of its keys (`total` counts all).
+    /// What is believed now.
+    #[must_use]
+    pub fn picture(&self) -> Picture {
+        let members = |entry: &ServiceEntry| {
+            let members = self.members.get(&entry.service.key);
+            members.map_or(0, |members| members.entries.len())
+        };
+        let services = self.services.values();
+        Picture {
+            network: self.network.clone(),
+            workloads: self.workloads.values().cloned().collect(),
+            services: services
+                .map(|entry| (entry.clone(), members(entry)))
+                .collect(),
+            policies: self.policies.all.values().cloned().collect(),
+            dead: self.dead_destinations(),
+        }
+    }
+
+    /// [`Picture::dump`] of now.
     #[must_use]
     pub fn dump(&self) -> Value {
+        self.picture().dump()
+    }
+}
+
+impl Picture {
+    /// What was believed, by section, each cut at [`DUMP_MAX`] in the order of its keys (`total` counts all).
+    #[must_use]
+    pub fn dump(&self) -> Value {
+        let workloads = self
+            .workloads
+            .iter()
+            .map(|entry| (&entry.workload.uid, entry));
+        let services = self
+            .services
+            .iter()
+            .map(|entry| (&entry.0.service.key, entry));
+        let policies = self.policies.iter().map(|policy| (&policy.key, policy));
         json!({
             "network": &*self.network,
-            "workloads": section(self.workloads.values().map(|e| (&e.workload.uid, e)).collect(), |e| {
-                workload(&e.workload, e.waypoint)
-            }),
-            "services": section(self.services.iter().collect(), |e| {
-                service(&e.service, e.waypoint, self.members.get(&e.service.key).map_or(0, |m| m.entries.len()))
-            }),
-            "policies": section(self.policies.all.iter().collect(), |p| policy(p)),
-            "deadDestinations": self.dead_destinations().iter().take(DUMP_MAX).collect::<Vec<_>>(),
+            "workloads": section(workloads.collect(), |e| workload(&e.workload, e.waypoint)),
+            "services": section(services.collect(), |(e, members)| service(&e.service, e.waypoint, *members)),
+            "policies": section(policies.collect(), |p| policy(p)),
+            "deadDestinations": self.dead.iter().take(DUMP_MAX).collect::<Vec<_>>(),
         })
     }
 }

@@ -24,7 +24,7 @@ mod update;
 pub use client::{
     DiscoveryClient, DiscoveryConfig, DiscoveryError, DiscoveryStatus, Phase, SnapshotState,
 };
-pub use dump::DUMP_MAX;
+pub use dump::{DUMP_MAX, Picture};
 pub use state::{Counts, MeshState};
 pub use update::{RefusedPolicy, Update};
 

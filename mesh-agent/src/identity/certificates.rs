@@ -22,10 +22,11 @@ use super::{
     CertificateError, Certified, IdentityConfig,
     ca_client::{Authority, CaClient},
     key::NodeKey,
+    peer::ClientProof,
     response::{Material, accept},
     roots::TrustRoots,
     schedule::{Demand, Now, Row, Schedule, Validity},
-    tls::unix_time,
+    tls::{PeerRejection, unix_time},
 };
 use crate::telemetry::Telemetry;
 
@@ -281,6 +282,20 @@ impl Certificates {
         certified
             .is_valid_at(self.shared.clock.unix())
             .then(|| certified.clone())
+    }
+
+    /// Judges the client of an open tunnel to `own` as at a new handshake. Without a valid certificate of our own
+    /// there is nothing to judge it by, and no new handshake either.
+    ///
+    /// # Errors
+    /// What the handshake would say.
+    pub fn judge_again(
+        &self,
+        own: &Identity,
+        client: &mut ClientProof,
+    ) -> Result<(), PeerRejection> {
+        let judge = self.current(own);
+        judge.map_or(Ok(()), |judge| client.judge_again(&judge))
     }
 
     /// Says which identities this node needs: others are forgotten, new ones prefetched. Identities of a foreign trust

@@ -96,6 +96,7 @@ impl fmt::Debug for NodeKey {
 
 #[cfg(test)]
 mod tests {
+    use mesh_tests::memory::Masked;
     use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509CertificationRequest};
 
     use super::*;
@@ -136,6 +137,23 @@ mod tests {
                 .windows(critical.len())
                 .any(|bytes| bytes == critical)
         );
+    }
+
+    #[test]
+    fn nothing_of_a_dropped_key_stays_in_memory_in_encoded_form() {
+        let key = NodeKey::generate().expect("a key");
+        let identity = "spiffe://cluster.local/ns/shop/sa/web".parse();
+        key.certificate_request(&identity.expect("valid"))
+            .expect("a request");
+        let signing = key.signing_key().expect("usable");
+        let encoded = Zeroizing::new(key.pair.serialize_der());
+        // The private scalar alone (RFC 5915 section 3): allocators write over the beginning of what was freed.
+        let masked = Masked::new(encoded.get(36..68).expect("PKCS#8 of P-256"));
+        drop(encoded);
+        assert!(masked.count().expect("readable") > 0, "while it lives");
+        drop(key);
+        assert_eq!(masked.count().expect("readable"), 0);
+        drop(signing);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use rustls::{
 pub mod ca_client;
 mod certificates;
 pub mod key;
+pub mod peer;
 pub mod response;
 pub mod roots;
 pub mod schedule;

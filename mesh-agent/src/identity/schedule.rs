@@ -300,7 +300,9 @@ impl Schedule {
         }
         entry.failures = entry.failures.saturating_add(1);
         entry.last_error = Some(error);
-        entry.due = now.monotonic + wait;
+        // Counted from the start of the request: one that hung was a wait already.
+        let begun = entry.last_start.unwrap_or(now.monotonic);
+        entry.due = (begun + wait).max(now.monotonic + wait.min(RENEWAL_MIN));
         if entry.priority == Priority::Demand {
             // Those who waited have been told; from here on it is ordinary upkeep.
             entry.priority = Priority::Renewal;

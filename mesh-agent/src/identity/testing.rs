@@ -9,13 +9,20 @@ use rcgen::{
     SanType,
 };
 use rustls::{
+    ClientConfig, ClientConnection, CommonState, ConnectionCommon, NamedGroup, ServerConfig,
+    ServerConnection, SideData,
     pki_types::{CertificateDer, UnixTime},
     time_provider::TimeProvider,
 };
 
 use x509_parser::time::ASN1Time;
 
-use super::{Certified, response::Material, roots::TrustRoots};
+use super::{
+    Certified,
+    response::Material,
+    roots::TrustRoots,
+    tls::{PeerRejection, dummy_server_name, peer},
+};
 
 /// The wall clock of tests: 2030-01-01T00:00:00Z, seconds since 1970.
 pub(crate) const NOW: i64 = 1_893_456_000;
@@ -163,4 +170,55 @@ pub(crate) fn certify(material: &Material, now: i64) -> Certified {
         &(Arc::new(FixedTime(now)) as Arc<dyn TimeProvider>),
     )
     .expect("configurations")
+}
+
+/// How a handshake ended on each side.
+pub(crate) struct Ended {
+    pub(crate) client: Result<Identity, PeerRejection>,
+    pub(crate) server: Result<Identity, PeerRejection>,
+    pub(crate) group: Option<NamedGroup>,
+    pub(crate) suite: Option<rustls::CipherSuite>,
+}
+
+/// A whole handshake in memory.
+pub(crate) fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Ended {
+    let mut client = ClientConnection::new(client, dummy_server_name()).expect("a client");
+    let mut server = ServerConnection::new(server).expect("a server");
+    let mut failed = (None, None);
+    // Four flights are enough for TLS 1.3; more only carry alerts.
+    for _ in 0..6 {
+        let mut wire = Vec::new();
+        while client.wants_write() {
+            client.write_tls(&mut wire).expect("memory");
+        }
+        failed.1 = failed.1.or(receive(&mut server, &wire));
+        let mut wire = Vec::new();
+        while server.wants_write() {
+            server.write_tls(&mut wire).expect("memory");
+        }
+        failed.0 = failed.0.or(receive(&mut client, &wire));
+    }
+    let judge = |error: Option<rustls::Error>, connection: &CommonState| match error {
+        Some(error) => Err(PeerRejection::from(error)),
+        None => peer(connection),
+    };
+    Ended {
+        client: judge(failed.0, &client),
+        server: judge(failed.1, &server),
+        group: client
+            .negotiated_key_exchange_group()
+            .map(|group| group.name()),
+        suite: client.negotiated_cipher_suite().map(|suite| suite.suite()),
+    }
+}
+
+/// Gives `wire` to one side and returns what it finds wrong.
+fn receive<S: SideData>(side: &mut ConnectionCommon<S>, mut wire: &[u8]) -> Option<rustls::Error> {
+    while !wire.is_empty() {
+        side.read_tls(&mut wire).expect("memory");
+        if let Err(error) = side.process_new_packets() {
+            return Some(error);
+        }
+    }
+    None
 }

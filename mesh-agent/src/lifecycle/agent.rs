@@ -461,7 +461,7 @@ impl Agent {
             certificates: certificates.clone(),
             telemetry: telemetry.clone(),
             verdicts: capture.verdicts(),
-            limits: Arc::new(Limits::for_this_process().with_room_for(config.kernel.flows_max)),
+            limits: Arc::new(Limits::for_this_process(&config)),
             node: config.node.name.as_str().into(),
             codec: config.proxy.tunnel_codec,
         };

@@ -189,8 +189,7 @@ impl Agent {
             tracing::info!(workload = %format_args!("{namespace}/{name}"), cut, "un-enrolled");
         }
         self.telemetry
-            .capture
-            .forget(&format!("{namespace}/{name}"));
+            .forget_workload(&format!("{namespace}/{name}"));
         self.capture.clean(&released).await
     }
 
@@ -220,8 +219,7 @@ impl Agent {
     fn take_missing(&self, key: &Key) -> Option<Missing> {
         let missing = self.missing().remove(key)?;
         self.telemetry
-            .capture
-            .forget(&format!("{}/{}", key.0, key.1));
+            .forget_workload(&format!("{}/{}", key.0, key.1));
         Some(missing)
     }
 

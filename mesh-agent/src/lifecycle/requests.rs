@@ -229,7 +229,10 @@ impl Agent {
             capture,
             failure_mode: failure_mode(settings.failure_mode).to_owned(),
             same_node: self.same_node_word(enrolled, settings.same_node).to_owned(),
-            connections: local.connections.load(std::sync::atomic::Ordering::Relaxed),
+            connections: local
+                .holds
+                .connections
+                .load(std::sync::atomic::Ordering::Relaxed),
             certificate_not_after: certificate.and_then(|c| c.not_after),
             certificate: certificate.map_or_else(|| "missing".to_owned(), describe),
         }
@@ -268,11 +271,13 @@ impl Agent {
 
     /// Everything the agent believes.
     fn dump(&self) -> Value {
+        // Connections need the index: it is free again before anything is written.
+        let mesh = self.mesh.read().picture();
         json!({
             "config": self.config,
             "status": self.status(),
             "discovery": self.discovery_summary(),
-            "mesh": self.mesh.read().dump(),
+            "mesh": mesh.dump(),
             "certificates": self.certificates.status(),
             "workers": self.workers.loads(),
             "sameNodeFlows": self.capture.same_node_flows().iter().map(|flow| json!({

@@ -56,6 +56,7 @@ pub(super) async fn upstream(config: &AgentConfig, run_dir: &Path) -> Result<Ups
     let control_config = ControlConfig {
         source: SourceConfig {
             folder: folder.clone(),
+            last_good: Some(run_dir.join(CA_DIR).join("last-good")),
         },
         ca: CaConfig {
             folder: Some(run_dir.join(CA_DIR)),

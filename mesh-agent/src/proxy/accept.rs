@@ -11,16 +11,18 @@ use std::{
 
 use tokio::{
     net::{TcpListener, TcpStream},
+    task::yield_now,
     time::sleep,
 };
 
 use super::{
     inbound,
-    limits::ACCEPT_BACKOFF,
+    limits::{ACCEPT_BACKOFF, ACCEPT_BATCH},
     outbound, relay,
+    room::{Need, Refused},
     served::Served,
     unmapped,
-    worker::{Admission, Refused, Worker},
+    worker::{Admission, Worker},
 };
 use crate::telemetry::{CloseReason, ConnectionInfo, Direction, Limit, Party, Security};
 
@@ -35,6 +37,15 @@ pub enum Kind {
     Tunnel,
 }
 
+impl Kind {
+    fn need(self) -> Need {
+        match self {
+            Self::Outbound | Self::Plaintext => Need::Connection,
+            Self::Tunnel => Need::InboundTunnel,
+        }
+    }
+}
+
 /// A socket on its way to another worker; it belongs to no runtime.
 #[derive(Debug)]
 pub(super) struct Accepted {
@@ -42,6 +53,23 @@ pub(super) struct Accepted {
     peer: SocketAddr,
     kind: Kind,
     admission: Admission,
+}
+
+impl Accepted {
+    /// A socket that `admission` has room for.
+    pub fn new(
+        socket: std::net::TcpStream,
+        peer: SocketAddr,
+        kind: Kind,
+        admission: Admission,
+    ) -> Self {
+        Self {
+            socket,
+            peer,
+            kind,
+            admission,
+        }
+    }
 }
 
 /// Accepts on a task of its own until the workload is no longer served.
@@ -62,7 +90,7 @@ pub(super) fn listen(
     listeners.push((served.id, kind, listener.clone()));
     drop(listeners);
     let own = worker.clone();
-    worker.spawn(async move {
+    worker.spawn(&served.local.clone(), async move {
         accept_until_stopped(&own, &listener, kind, &served).await;
         let mut listeners = own.listeners.borrow_mut();
         listeners.retain(|(id, other, _)| (*id, *other) != (served.id, kind));
@@ -77,7 +105,10 @@ async fn accept_until_stopped(
     served: &Arc<Served>,
 ) {
     let mut stopped = pin!(served.stop.cancelled());
-    loop {
+    for accepted_before in 1_usize.. {
+        if accepted_before.is_multiple_of(ACCEPT_BATCH) {
+            yield_now().await;
+        }
         let next = tokio::select! {
             // First: once another agent accepts, what waits is for that one, which will be there longer.
             biased;
@@ -125,7 +156,7 @@ fn accepted(
     peer: SocketAddr,
 ) {
     let index = worker.shared.worker_for(worker.index);
-    let admission = match worker.shared.admit(index, served, kind != Kind::Tunnel) {
+    let admission = match worker.shared.admit(index, served, kind.need()) {
         Ok(admission) => admission,
         Err(refused) => return refuse(worker, served, kind, socket, peer, refused),
     };
@@ -139,17 +170,10 @@ fn accepted(
             return;
         }
     };
-    let handed_over = worker.shared.hand_over(
-        index,
-        Accepted {
-            socket,
-            peer,
-            kind,
-            admission,
-        },
-    );
+    let accepted = Accepted::new(socket, peer, kind, admission);
+    let handed_over = worker.shared.hand_over(index, accepted);
     if let Err(accepted) = handed_over {
-        adopt(worker, accepted);
+        adopt(worker, *accepted);
     }
 }
 
@@ -217,9 +241,15 @@ fn start(
     admission: Admission,
 ) {
     let own = worker.clone();
+    let local = admission.served().local.clone();
     match kind {
-        Kind::Outbound => worker.spawn(outbound::serve(own, socket, peer, admission)),
-        Kind::Plaintext => worker.spawn(inbound::serve_plaintext(own, socket, peer, admission)),
-        Kind::Tunnel => worker.spawn(inbound::serve_tunnel(own, socket, peer, admission)),
+        Kind::Outbound => worker.spawn(&local, outbound::serve(own, socket, peer, admission)),
+        Kind::Plaintext => {
+            worker.spawn(
+                &local,
+                inbound::serve_plaintext(own, socket, peer, admission),
+            );
+        }
+        Kind::Tunnel => worker.spawn(&local, inbound::serve_tunnel(own, socket, peer, admission)),
     }
 }

@@ -8,7 +8,9 @@ use tokio::time::{Instant, timeout_at};
 use super::{
     ProxyContext,
     limits::Limits,
+    memory::stream_window,
     pool::{Connector, PoolEvent, PoolKey, Pooled},
+    room::{Need, Place, Room},
     tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::connect_tls},
 };
 use crate::{
@@ -36,17 +38,19 @@ pub struct Dialer {
     limits: Arc<Limits>,
     telemetry: Arc<Telemetry>,
     codec: TunnelCodec,
+    room: Arc<Room>,
     name: ServerName<'static>,
 }
 
 impl Dialer {
     /// For one worker.
     #[must_use]
-    pub fn new(context: &ProxyContext) -> Self {
+    pub fn new(context: &ProxyContext, room: Arc<Room>) -> Self {
         Self {
             limits: context.limits.clone(),
             telemetry: context.telemetry.clone(),
             codec: context.codec,
+            room,
             // Neither sent nor looked at: identities are compared, not names.
             name: ServerName::IpAddress(
                 std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED).into(),
@@ -55,6 +59,8 @@ impl Dialer {
     }
 
     async fn set_up(&self, key: &PoolKey, source: &Source) -> Result<Tunnel, TunnelError> {
+        let room = self.room.enter(&source.local, Need::OutboundTunnel);
+        let place = room.map_err(|_| TunnelError::Limit)?;
         // For all steps together.
         let deadline = Instant::now() + self.limits.time.connect;
         let dialled = timeout_at(
@@ -70,6 +76,7 @@ impl Dialer {
         let socket = dialled
             .await
             .map_err(|_| TunnelError::TimedOut("accept the connection"))?
+            .inspect_err(|error| self.telemetry.limits.dial_failed(error))
             .map_err(|error| TunnelError::Dial(Arc::new(error)))?;
         // Its statistics are wanted for as long as streams use it; without it there are none.
         let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
@@ -83,10 +90,12 @@ impl Dialer {
         let client = timeout_at(deadline, greeted)
             .await
             .map_err(|_| TunnelError::TimedOut("take the HTTP/2 preface"))??;
+        let holds = source.local.holds.clone();
+        client.follow_window(Rc::new(move || stream_window(&holds)));
         Ok(Tunnel {
             client,
             statistics: Rc::default(),
-            _open: Rc::new(self.telemetry.tunnels.open(Direction::Outbound)),
+            _open: Rc::new((self.telemetry.tunnels.open(Direction::Outbound), place)),
         })
     }
 }
@@ -98,7 +107,8 @@ impl Connector for Dialer {
     async fn connect(&self, key: &PoolKey, source: &Source) -> Result<Tunnel, TunnelError> {
         let result = Box::pin(self.set_up(key, source)).await;
         if let Err(error) = &result {
-            self.telemetry.tunnels.failed(Direction::Outbound);
+            let tunnels = &self.telemetry.tunnels;
+            tunnels.failed(Direction::Outbound, error.failure());
             tracing::debug!(%error, destination = %key.destination, source = %key.source, "no tunnel");
         }
         result
@@ -127,7 +137,7 @@ pub struct Tunnel {
     /// Its client end.
     pub client: TunnelClient,
     statistics: Rc<SharedStatistics>,
-    _open: Rc<TunnelGuard>,
+    _open: Rc<(TunnelGuard, Place)>,
 }
 
 impl Tunnel {

@@ -150,7 +150,7 @@ impl Worker {
     /// Carries out [`Order::Warm`].
     pub(super) fn warm(&self, key: Box<PoolKey>, source: Box<Source>, done: mpsc::Sender<bool>) {
         let pool = self.pool.clone();
-        self.spawn(async move {
+        self.spawn(&source.local.clone(), async move {
             let opened = pool.lease(&key, &source).await;
             // A failure is told by the pool, as for a connection.
             let _ = done.try_send(opened.is_ok());

@@ -2,7 +2,6 @@
 //! reaches the application before policy has allowed it.
 
 use std::{
-    collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
@@ -16,35 +15,43 @@ use http::{HeaderMap, Method, StatusCode};
 use mesh_api::{identity::Identity, names::NamespacedName};
 use tokio::{
     net::TcpStream,
-    time::{timeout, timeout_at},
+    time::{MissedTickBehavior, interval, timeout, timeout_at},
 };
 
 use super::{
-    OWN_PORTS,
     accept::{self, Kind},
-    never_a_destination,
+    limits::REJUDGE_INTERVAL,
+    memory::{Far, Stalls, stream_window},
     registry::{Judged, Registered},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
+    room::{Need, Refused},
     served::Served,
     tunnel::{
         Incoming, TunnelError, TunnelServer, TunnelStream,
-        headers::{Authority, BAGGAGE, TraceParent, baggage, forwarded_host, parse_authority},
+        headers::{BAGGAGE, TraceParent, baggage, forwarded_host},
         transport::accept_tls,
     },
     unmapped,
-    worker::{Admission, Refused, Worker},
+    worker::{Admission, Worker},
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
     discovery::model::Workload,
-    identity::{CertificateError, peer_identity},
+    identity::{CertificateError, peer::ClientProof, peer_identity},
     policy::{self, Authorized, Decision},
     sys::{
         netns::duplicate,
         socket::{SharedStatistics, TcpStatistics, tcp_statistics},
     },
-    telemetry::{CloseReason, ConnectionInfo, Direction, Limit, OpenConnection, Party, Security},
+    telemetry::{
+        CloseReason, ConnectionInfo, Direction, Limit, OpenConnection, Party, Security,
+        TunnelFailure,
+    },
 };
+
+mod target;
+
+use target::{dialled_target, request_target};
 
 /// Why an inbound connection was refused.
 #[derive(Debug, thiserror::Error)]
@@ -134,12 +141,16 @@ pub(super) async fn serve_tunnel(
     let limits = &worker.context.limits.tunnel;
     let served = admission.served().clone();
     let refuse = |socket, limit| {
-        let refused = worker.shared.refuse(limit);
+        let refused = worker.shared.room.refuse(&served.local, limit);
         accept::refuse(&worker, &served, Kind::Tunnel, socket, peer, refused);
     };
-    let most = limits.handshakes_per_source;
-    let Some(permit) = worker.handshakes.enter(peer.ip(), most) else {
+    let (by_source, by_workload) = &worker.handshakes;
+    let Some(permit) = by_source.enter(peer.ip(), limits.handshakes_per_source) else {
         return refuse(socket, Limit::HandshakesPerSource);
+    };
+    let most = limits.handshakes_per_workload;
+    let Some(workload_permit) = by_workload.enter(served.id, most) else {
+        return refuse(socket, Limit::HandshakesPerWorkload);
     };
     let Some(_place) = worker.tunnels.enter(peer.ip(), limits.per_source) else {
         return refuse(socket, Limit::TunnelsPerSource);
@@ -150,17 +161,22 @@ pub(super) async fn serve_tunnel(
     };
     let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
     let shaken = Box::pin(shake_hands(&worker, &served.local, socket)).await;
-    let (identity, server) = match shaken {
+    let (identity, proof, mut server) = match shaken {
         Ok(shaken) => shaken,
         Err(error) => {
-            worker.context.telemetry.tunnels.failed(Direction::Inbound);
+            let telemetry = &worker.context.telemetry;
+            telemetry
+                .tunnels
+                .failed(Direction::Inbound, error.failure());
             if let Some(held_back) = worker.handshake_failures.line(Instant::now()) {
                 tracing::info!(%peer, workload = %served.local.name, %error, held_back, "no tunnel with a client");
             }
             return;
         }
     };
-    drop(permit);
+    drop((permit, workload_permit));
+    let holds = served.local.holds.clone();
+    server.follow_window(Rc::new(move || stream_window(&holds)));
     let _open = worker.context.telemetry.tunnels.open(Direction::Inbound);
     serve_streams(
         &worker,
@@ -173,6 +189,7 @@ pub(super) async fn serve_tunnel(
             socket: measured.as_ref().map(Rc::downgrade).unwrap_or_default(),
             statistics: Rc::default(),
         },
+        proof,
         server,
     )
     .await;
@@ -193,12 +210,23 @@ enum HandshakeError {
     Tunnel(#[from] TunnelError),
 }
 
+impl HandshakeError {
+    fn failure(&self) -> TunnelFailure {
+        match self {
+            Self::UnknownWorkload => TunnelFailure::UnknownWorkload,
+            Self::NoCertificate(_) | Self::CertificateLate => TunnelFailure::NoCertificate,
+            Self::NoIdentity => TunnelFailure::NoIdentity,
+            Self::Tunnel(error) => error.failure(),
+        }
+    }
+}
+
 /// TLS and the HTTP/2 preface, each with its deadline: a silent or dribbling client must not stay.
 async fn shake_hands(
     worker: &Worker,
     local: &LocalWorkload,
     socket: TcpStream,
-) -> Result<(Identity, TunnelServer<TcpStream>), HandshakeError> {
+) -> Result<(Identity, ClientProof, TunnelServer<TcpStream>), HandshakeError> {
     let context = &worker.context;
     let deadline = tokio::time::Instant::now() + context.limits.time.handshake;
     let Some(workload) = local.workload.load_full() else {
@@ -229,10 +257,13 @@ async fn shake_hands(
     context
         .telemetry
         .observe_handshake(Direction::Inbound, began.elapsed());
-    let identity = peer_identity(secured.peer_certificates()).ok_or(HandshakeError::NoIdentity)?;
+    let chain = secured.peer_certificates();
+    let identity = peer_identity(chain).ok_or(HandshakeError::NoIdentity)?;
+    let proof = ClientProof::new(chain.unwrap_or_default(), &certified)
+        .ok_or(HandshakeError::NoIdentity)?;
     let server = TunnelServer::handshake(secured, &context.limits).await;
     let server = server.inspect_err(late(Limit::FirstFrameDeadline))?;
-    Ok((identity, server))
+    Ok((identity, proof, server))
 }
 
 async fn serve_streams(
@@ -240,11 +271,14 @@ async fn serve_streams(
     served: &Arc<Served>,
     registered: &Registered,
     ends: TunnelEnds,
+    mut proof: ClientProof,
     mut server: TunnelServer<TcpStream>,
 ) {
     let ends = Rc::new(ends);
     let mut stopped = pin!(served.stop.cancelled());
     let mut stopping = false;
+    let mut again = interval(REJUDGE_INTERVAL);
+    again.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let next = tokio::select! {
             () = &mut stopped, if !stopping => {
@@ -252,20 +286,30 @@ async fn serve_streams(
                 server.shut_down();
                 continue;
             }
+            _ = again.tick(), if !stopping => {
+                let own = served.local.workload.load();
+                let certificates = &worker.context.certificates;
+                let holds = own.as_ref().map_or(Ok(()), |own| certificates.judge_again(&own.identity, &mut proof));
+                if let Err(rejection) = holds {
+                    tracing::info!(peer = %ends.identity, %rejection, "a tunnel takes no more connections");
+                    stopping = true;
+                    server.shut_down();
+                }
+                continue;
+            }
             _ = registered.signal().closed() => return,
             next = server.accept() => next,
         };
         match next {
             Some(Ok(incoming)) => {
-                worker.spawn(serve_connect(
-                    worker.clone(),
-                    served.clone(),
-                    ends.clone(),
-                    incoming,
-                ));
+                let (own, ends) = (worker.clone(), ends.clone());
+                worker.spawn(
+                    &served.local,
+                    serve_connect(own, served.clone(), ends, incoming),
+                );
             }
             Some(Err(error @ TunnelError::Abuse(_))) => {
-                worker.shared.refuse(Limit::TunnelAbuse);
+                worker.shared.room.refuse(&served.local, Limit::TunnelAbuse);
                 tracing::warn!(%error, peer = %ends.identity, "a client's tunnel was closed");
                 return;
             }
@@ -285,13 +329,14 @@ async fn serve_connect(
     ends: Rc<TunnelEnds>,
     incoming: Incoming,
 ) {
-    let _admission = match worker.shared.admit(worker.index, &served, true) {
+    let admission = match worker.shared.admit(worker.index, &served, Need::Stream) {
         Ok(admission) => admission,
         Err(refused) => {
             let info = Guest::of_tunnel(&worker, &served, &ends).info();
             let (telemetry, error) = (&worker.context.telemetry, InboundError::from(refused));
             telemetry.failed(&info, error.reason(), &error);
-            return incoming.refuse(error.status());
+            // Not looked at: the client may try another way.
+            return incoming.turn_away();
         }
     };
     // Boxed, so that an established connection does not carry what only its beginning needs.
@@ -305,7 +350,7 @@ async fn serve_connect(
         open,
     } = connected;
     let idle = worker.context.limits.time.half_close_idle;
-    let meter = Rc::new(InboundMeter(open));
+    let meter = Rc::new(InboundMeter(open, admission.stalls(Far::Stream)));
     let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
     if let Some(statistics) = ends.tcp_statistics() {
         meter.0.observe_tcp(statistics);
@@ -431,7 +476,7 @@ pub(super) async fn serve_plaintext(
         .observe_connect(Direction::Inbound, Security::None, began.elapsed());
     let open = worker.context.telemetry.open(info);
     let idle = worker.context.limits.time.half_close_idle;
-    let meter = InboundMeter(open);
+    let meter = InboundMeter(open, admission.stalls(Far::Socket));
     let end = relay_tcp(app, client, &meter, registered.signal(), idle).await;
     meter.0.finish(close_reason(end));
 }
@@ -447,7 +492,7 @@ fn close_reason(end: End) -> CloseReason {
     }
 }
 
-struct InboundMeter(OpenConnection);
+struct InboundMeter(OpenConnection, Stalls);
 
 impl Meter for InboundMeter {
     fn near_to_far(&self, bytes: usize) {
@@ -456,6 +501,10 @@ impl Meter for InboundMeter {
 
     fn far_to_near(&self, bytes: usize) {
         self.0.add_sent(bytes as u64);
+    }
+
+    fn waits(&self, up: bool, down: bool) {
+        self.1.set(up, down);
     }
 
     fn ended(&self, far: Option<&TcpStream>) {
@@ -553,7 +602,10 @@ impl<'a> Guest<'a> {
         };
         match app {
             Ok(Ok(app)) => Ok((app, registered)),
-            Ok(Err(error)) => Err(InboundError::Application(error)),
+            Ok(Err(error)) => {
+                self.worker.context.telemetry.limits.dial_failed(&error);
+                Err(InboundError::Application(error))
+            }
             Err(_) => Err(InboundError::Application(io::ErrorKind::TimedOut.into())),
         }
     }
@@ -613,65 +665,6 @@ async fn dial_application(
     let source =
         (client != destination.ip() && client.is_ipv4() == destination.is_ipv4()).then_some(client);
     dial(local, destination, DialOptions { source }).await
-}
-
-/// The application address that a CONNECT request means: always the workload's own, only the port is the client's
-/// choice.
-fn request_target(
-    method: &Method,
-    authority: &str,
-    own: IpAddr,
-    local: &LocalWorkload,
-    namespace: &str,
-    services: &BTreeMap<NamespacedName, BTreeMap<u16, u16>>,
-) -> Result<SocketAddr, InboundError> {
-    if *method != Method::CONNECT {
-        return Err(InboundError::BadRequest("method is not CONNECT"));
-    }
-    let port = match parse_authority(authority) {
-        Ok(Authority::Address(address)) if address.ip() != own => {
-            return Err(InboundError::BadRequest(
-                "authority is not the address that was dialled",
-            ));
-        }
-        Ok(Authority::Address(address)) => address.port(),
-        Ok(Authority::Host(host, port)) => service_port(&host, port, namespace, services)
-            .ok_or(InboundError::NotServed("service or port unknown"))?,
-        Err(_) => {
-            return Err(InboundError::BadRequest(
-                "authority is not an address or host name with a port",
-            ));
-        }
-    };
-    dialled_target(SocketAddr::new(own, port), local)
-}
-
-/// The target port of a service that this workload belongs to; services of its own namespace first.
-fn service_port(
-    host: &str,
-    port: u16,
-    namespace: &str,
-    services: &BTreeMap<NamespacedName, BTreeMap<u16, u16>>,
-) -> Option<u16> {
-    let named = || {
-        services
-            .iter()
-            .filter(|(key, _)| key.name.eq_ignore_ascii_case(host))
-    };
-    let own = named().find(|(key, _)| *key.namespace == *namespace);
-    let (_, ports) = own.or_else(|| named().next())?;
-    ports.get(&port).copied().filter(|target| *target != 0)
-}
-
-/// Refuses destinations that are not the application's: others' addresses, loopback, the proxy's own ports.
-fn dialled_target(address: SocketAddr, local: &LocalWorkload) -> Result<SocketAddr, InboundError> {
-    if never_a_destination(address.ip()) || !local.owns(address.ip()) {
-        return Err(InboundError::BadRequest("address is not this workload's"));
-    }
-    if OWN_PORTS.contains(&address.port()) {
-        return Err(InboundError::NotServed("port is the proxy's own"));
-    }
-    Ok(address)
 }
 
 #[cfg(test)]

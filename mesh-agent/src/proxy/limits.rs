@@ -4,17 +4,35 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
 
-/// Limits of the data path. All counts are per node unless their name says otherwise.
+use crate::config::AgentConfig;
+
+/// Limits of the data path. All counts are per node unless their name says otherwise. docs/limits.md lists them with
+/// their metrics and tests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Connections, in and out, of one workload. One pod must not use up what the others need.
     pub connections_per_workload: u64,
-    /// Connections of the node; [`Limits::for_this_process`] derives it from the descriptor limit.
-    pub connections_per_node: usize,
+    /// Connections, in and out, of all workloads: no more than the kernel can record (`kernel.flowsMax`), because one
+    /// that it cannot record would not reach its application. Shared like descriptors.
+    pub connections_per_node: u64,
+    /// Descriptors that connections, tunnels and listeners of all workloads may hold;
+    /// [`Limits::for_this_process`] derives it from the descriptor limit. How they are shared: [`super::share`].
+    pub descriptors: u64,
+    /// Bytes that may wait here.
+    pub memory: MemoryLimits,
     /// Limits of tunnels.
     pub tunnel: TunnelLimits,
     /// Deadlines.
     pub time: TimeLimits,
+}
+
+/// Bytes that may wait here because somebody does not read. How they bound what is held: [`super::memory`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryLimits {
+    /// Of one workload: sixty-four stopped streams with whole windows.
+    pub per_workload_bytes: u64,
+    /// Of the node: four workloads with as much.
+    pub per_node_bytes: u64,
 }
 
 /// Limits of tunnels.
@@ -35,6 +53,11 @@ pub struct TunnelLimits {
     pub server_streams: u32,
     /// TLS handshakes that one worker has in flight with one source address.
     pub handshakes_per_source: usize,
+    /// TLS handshakes that one worker has in flight for one workload, whoever they are with: strangers hold a place
+    /// of the workload that they dial until they have shown who they are.
+    pub handshakes_per_workload: usize,
+    /// Tunnels that one workload has open to peers: two on each of two workers to a thousand peers.
+    pub outbound_per_workload: u64,
 }
 
 impl TunnelLimits {
@@ -69,16 +92,18 @@ pub struct TimeLimits {
     pub ping_timeout: Duration,
 }
 
-/// Descriptors that connections never use: listeners, eBPF maps and links, admin, discovery, logs.
+/// Descriptors that connections never use: eBPF maps and links, admin, discovery, certificates, logs, and an enrolment
+/// on its way.
 pub const RESERVED_DESCRIPTORS: u64 = 512;
-/// Descriptors that one connection may need: the accepted socket and the dialled one.
-pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// Below this the node would be of no use; a process with fewer descriptors is told so by `weft check`.
-pub const MIN_CONNECTIONS_PER_NODE: usize = 64;
+pub const MIN_DESCRIPTORS: u64 = 128;
 
 /// HTTP/2 stream window, 4 MiB: what Istio's ztunnel uses; 10 Gbit/s at 3 ms. It is the byte budget of one stream: a
 /// reader that stops holds no more, which is less than the kernel's own receive buffer would (6 MiB, `tcp_rmem`).
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// Least HTTP/2 stream window, 64 KiB: what streams of a workload get that has used up its bytes. It is the protocol's
+/// own initial window (RFC 9113 section 6.9.2), which every peer works with.
+pub const STREAM_WINDOW_MIN_BYTES: u32 = 64 << 10;
 /// Connection window that our own codec grants, 16 MiB: what may be on its way for all streams of a tunnel, 10 Gbit/s
 /// at 12 ms. It is given back on receipt, so that streams whose readers stopped hold nothing of it; what they hold is
 /// bounded by their own windows.
@@ -122,6 +147,8 @@ pub const SMALL_SEND_BYTES: usize = 4 << 10;
 /// Streams that sent within this are taken to send again: then a small send waits for theirs, one turn of the worker.
 pub const CROWD_WINDOW: Duration = Duration::from_millis(1);
 
+/// Connections that a listener accepts, or refuses, before other tasks have their turn: some 20 µs each.
+pub const ACCEPT_BATCH: usize = 16;
 /// Pause of an accept loop after the system refused (descriptors or memory): long enough not to spin, short enough
 /// that accepting resumes well within a second.
 pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
@@ -135,6 +162,8 @@ pub const ORDER_QUEUE: usize = 4096;
 pub const RESTART_PAUSE: Duration = Duration::from_millis(100);
 /// How often a worker looks for idle and dead tunnels.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the certificate of an open tunnel's client is judged again: it may have ended, or its root been withdrawn.
+pub const REJUDGE_INTERVAL: Duration = Duration::from_secs(5);
 /// Shortest time between two evaluations of all live connections: policy edits come in bursts, and a second is
 /// promised.
 pub const REEVALUATION_PAUSE: Duration = Duration::from_millis(50);
@@ -145,7 +174,12 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections_per_workload: 20_000,
-            connections_per_node: 8_192,
+            connections_per_node: mesh_ebpf::FLOWS_MAX.into(),
+            descriptors: 16_384,
+            memory: MemoryLimits {
+                per_workload_bytes: 256 << 20,
+                per_node_bytes: 1 << 30,
+            },
             tunnel: TunnelLimits {
                 per_key: 64,
                 spread: 2,
@@ -154,6 +188,8 @@ impl Default for Limits {
                 client_streams: 100,
                 server_streams: 200,
                 handshakes_per_source: 64,
+                handshakes_per_workload: 1024,
+                outbound_per_workload: 4096,
             },
             time: TimeLimits {
                 connect: Duration::from_secs(10),
@@ -169,35 +205,34 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// The defaults, with as many connections as the process has descriptors for.
+    /// What is configured, with as many descriptors as the process may open.
     #[must_use]
-    pub fn for_this_process() -> Self {
-        let mut limits = Self::default();
+    pub fn for_this_process(config: &AgentConfig) -> Self {
+        let proxy = &config.proxy;
+        let mut limits = Self {
+            connections_per_workload: proxy.max_connections_per_workload,
+            connections_per_node: u64::from(config.kernel.flows_max),
+            memory: MemoryLimits {
+                per_workload_bytes: proxy.max_buffered_bytes_per_workload,
+                per_node_bytes: proxy.max_buffered_bytes,
+            },
+            ..Self::default()
+        };
         match getrlimit(Resource::RLIMIT_NOFILE) {
-            Ok((soft, _)) => limits.connections_per_node = connections_for(soft),
+            Ok((soft, _)) => limits.descriptors = descriptors_of(soft),
             Err(error) => {
                 tracing::warn!(%error, "cannot read the descriptor limit; keeping the default")
             }
         }
         limits
     }
-
-    /// No more connections than the kernel can record (`kernel.flowsMax`): one that it cannot record would not reach its
-    /// application.
-    #[must_use]
-    pub fn with_room_for(mut self, flows: u32) -> Self {
-        let flows = usize::try_from(flows).unwrap_or(usize::MAX);
-        self.connections_per_node = self.connections_per_node.min(flows);
-        self
-    }
 }
 
-/// Connections that `descriptors` allow, the reserve left out.
-fn connections_for(descriptors: u64) -> usize {
-    let usable = descriptors.saturating_sub(RESERVED_DESCRIPTORS) / DESCRIPTORS_PER_CONNECTION;
-    usize::try_from(usable)
-        .unwrap_or(usize::MAX)
-        .max(MIN_CONNECTIONS_PER_NODE)
+/// Of the descriptors that the process may open, those that are for workloads.
+fn descriptors_of(process: u64) -> u64 {
+    process
+        .saturating_sub(RESERVED_DESCRIPTORS)
+        .max(MIN_DESCRIPTORS)
 }
 
 #[cfg(test)]
@@ -206,20 +241,16 @@ mod tests {
 
     #[test]
     fn there_are_no_more_connections_than_the_kernel_can_record() {
-        let limits = Limits::default();
-        let few = limits.clone().with_room_for(100);
-        assert_eq!(few.connections_per_node, 100);
-        assert_eq!(limits.clone().with_room_for(u32::MAX), limits);
+        let mut config = AgentConfig::default();
+        config.kernel.flows_max = 100;
+        assert_eq!(Limits::for_this_process(&config).connections_per_node, 100);
     }
 
     #[test]
-    fn connections_leave_the_reserved_descriptors_alone() {
-        assert_eq!(connections_for(20_000), 9_744);
-        assert_eq!(
-            connections_for(RESERVED_DESCRIPTORS),
-            MIN_CONNECTIONS_PER_NODE
-        );
-        assert_eq!(connections_for(0), MIN_CONNECTIONS_PER_NODE);
+    fn workloads_leave_the_reserved_descriptors_alone() {
+        assert_eq!(descriptors_of(20_000), 19_488);
+        assert_eq!(descriptors_of(RESERVED_DESCRIPTORS), MIN_DESCRIPTORS);
+        assert_eq!(descriptors_of(0), MIN_DESCRIPTORS);
     }
 
     #[test]

@@ -19,14 +19,19 @@ mod accept;
 pub mod balance;
 pub mod buffers;
 pub mod connect;
+pub mod fair;
 pub mod handover;
 pub mod inbound;
 pub mod limits;
+pub mod memory;
 pub mod outbound;
 pub mod pool;
 pub mod registry;
 pub mod relay;
+pub mod room;
 mod served;
+pub mod share;
+mod sources;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod tunnel;
@@ -103,24 +108,12 @@ pub fn never_a_destination(address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        discovery::tests::{Put, pod},
-        sys::netns::Netns,
-    };
+    use crate::discovery::tests::{Put, pod};
 
     #[test]
     fn the_source_is_no_older_than_the_generation_that_verdicts_are_remembered_under() {
         let (mut writer, mesh) = Mesh::channel("");
-        let local = LocalWorkload {
-            namespace: "shop".into(),
-            name: "web".into(),
-            netns: Arc::new(
-                Netns::open(std::path::Path::new("/proc/self/ns/net")).expect("own namespace"),
-            ),
-            addresses: Vec::new(),
-            workload: Default::default(),
-            connections: Default::default(),
-        };
+        let local = testing::local("web");
         assert_eq!(source_in(&mesh, "n1", &local), (0, None));
         writer.apply(vec![pod("web", "10.1.0.4").update()]);
         // Nobody has brought `local.workload` up to date yet.

@@ -20,6 +20,7 @@ use tokio::{
 use super::{
     OWN_PORTS,
     connect::{Dialer, Source},
+    memory::{Far, Stalls},
     never_a_destination,
     pool::{Lease, PoolKey},
     relay::{self, End, Meter, relay_tcp, relay_tunnel, reset},
@@ -137,7 +138,7 @@ pub(super) async fn serve(
     worker: Rc<Worker>,
     app: TcpStream,
     client: SocketAddr,
-    admission: Admission,
+    mut admission: Admission,
 ) {
     let began = Instant::now();
     relay::guard(&app);
@@ -176,20 +177,22 @@ pub(super) async fn serve(
         .observe_connect(Direction::Outbound, info.security, began.elapsed());
     let open = worker.context.telemetry.open(info);
     let idle = worker.context.limits.time.half_close_idle;
-    let meter = Rc::new(OutboundMeter(open));
-    let end = match upstream {
+    match upstream {
         Upstream::Tunnel(stream, lease) => {
+            admission.tunnelled();
+            let meter = Rc::new(OutboundMeter(open, admission.stalls(Far::Stream)));
             let end = relay_tunnel(app, stream, &meter, registered.signal(), idle).await;
             if let Some(statistics) = lease.tunnel().tcp_statistics() {
                 meter.0.observe_tcp(statistics);
             }
-            end
+            meter.0.finish(close_reason(end));
         }
         Upstream::Plain(upstream) => {
-            relay_tcp(app, upstream, &*meter, registered.signal(), idle).await
+            let meter = OutboundMeter(open, admission.stalls(Far::Socket));
+            let end = relay_tcp(app, upstream, &meter, registered.signal(), idle).await;
+            meter.0.finish(close_reason(end));
         }
-    };
-    meter.0.finish(close_reason(end));
+    }
 }
 
 fn close_reason(end: End) -> CloseReason {
@@ -202,7 +205,7 @@ fn close_reason(end: End) -> CloseReason {
     }
 }
 
-struct OutboundMeter(OpenConnection);
+struct OutboundMeter(OpenConnection, Stalls);
 
 impl Meter for OutboundMeter {
     fn near_to_far(&self, bytes: usize) {
@@ -211,6 +214,10 @@ impl Meter for OutboundMeter {
 
     fn far_to_near(&self, bytes: usize) {
         self.0.add_received(bytes as u64);
+    }
+
+    fn waits(&self, up: bool, down: bool) {
+        self.1.set(up, down);
     }
 
     fn ended(&self, far: Option<&TcpStream>) {
@@ -396,7 +403,10 @@ impl<'a> Attempt<'a> {
         let dialled = dial(self.local, destination, DialOptions::default());
         match timeout_at(deadline, dialled).await {
             Ok(Ok(socket)) => Ok(Upstream::Plain(socket)),
-            Ok(Err(error)) => Err(OutboundError::Dial(destination, error)),
+            Ok(Err(error)) => {
+                self.worker.context.telemetry.limits.dial_failed(&error);
+                Err(OutboundError::Dial(destination, error))
+            }
             Err(_) => Err(OutboundError::TimedOut(destination)),
         }
     }
@@ -618,71 +628,4 @@ impl Drop for InFlight {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::proxy::testing::workload;
-
-    #[test]
-    fn only_a_tunnelled_workload_of_this_node_that_wants_it_stays_in_the_kernel() {
-        let source = workload("web", "10.1.0.4");
-        let good = workload("cart", "10.1.0.5");
-        assert!(kernel_eligible(&source, &good, "node-a"));
-        assert!(!kernel_eligible(&source, &good, "node-b"), "other node");
-        let plain = Workload {
-            tunnel: Tunnel::None,
-            ..good.clone()
-        };
-        assert!(!kernel_eligible(&source, &plain, "node-a"), "not enrolled");
-        let mut wants_tls = good.clone();
-        wants_tls.capture.same_node = SameNode::Tunnel;
-        assert!(
-            !kernel_eligible(&source, &wants_tls, "node-a"),
-            "destination wants TLS"
-        );
-        assert!(
-            !kernel_eligible(&wants_tls, &good, "node-a"),
-            "source wants TLS"
-        );
-        let host = Workload {
-            host_network: true,
-            ..good
-        };
-        assert!(!kernel_eligible(&source, &host, "node-a"), "host network");
-    }
-
-    #[test]
-    fn an_endpoint_that_says_nothing_leaves_time_for_another() {
-        let now = time::Instant::now();
-        let deadline = now + Duration::from_secs(10);
-        let first = share_of(now, deadline, 2);
-        assert_eq!(first, now + Duration::from_secs(5));
-        assert_eq!(
-            share_of(first, deadline, 1),
-            deadline,
-            "the last has the rest"
-        );
-        let late = deadline + Duration::from_secs(1);
-        assert_eq!(share_of(late, deadline, 1), late, "over at once");
-    }
-
-    #[test]
-    fn a_connections_task_is_small() {
-        fn size<A, B, C, D, F>(_: fn(A, B, C, D) -> F) -> usize {
-            size_of::<F>()
-        }
-        let size = size(serve);
-        assert!(size <= 2048, "outbound takes {size} bytes per connection");
-    }
-
-    #[test]
-    fn a_refusal_is_final_and_a_failure_is_tried_elsewhere() {
-        let refused = |status| OutboundError::Tunnel(TunnelError::Refused(status));
-        assert!(!refused(StatusCode::UNAUTHORIZED).elsewhere());
-        assert!(refused(StatusCode::UNAUTHORIZED).denied());
-        assert!(!refused(StatusCode::BAD_REQUEST).elsewhere());
-        assert!(refused(StatusCode::SERVICE_UNAVAILABLE).elsewhere());
-        assert!(!refused(StatusCode::SERVICE_UNAVAILABLE).denied());
-        assert!(OutboundError::Tunnel(TunnelError::TimedOut("answer")).elsewhere());
-        assert!(!OutboundError::Tunnel(TunnelError::Limit).elsewhere());
-    }
-}
+mod tests;

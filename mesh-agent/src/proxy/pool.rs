@@ -17,6 +17,7 @@ use mesh_api::identity::Identity;
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
+    fair,
     limits::{TimeLimits, TunnelLimits},
     tunnel::TunnelError,
 };
@@ -269,7 +270,7 @@ impl<C: Connector> Pool<C> {
             entry: entry.clone(),
             error,
         };
-        tokio::task::spawn_local(async move {
+        fair::spawn_local(async move {
             let outcome = match pool.connector.connect(&key, &context).await {
                 Ok(tunnel) => {
                     let slot = Slot {

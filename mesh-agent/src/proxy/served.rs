@@ -11,7 +11,10 @@ use std::{
 use tokio::{sync::Notify, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::worker::{FORCED_CLOSE_WAIT, Shared};
+use super::{
+    room::Place,
+    worker::{FORCED_CLOSE_WAIT, Shared},
+};
 use crate::{capture::LocalWorkload, telemetry::CloseReason};
 
 /// A workload whose listeners are served.
@@ -25,6 +28,8 @@ pub(super) struct Served {
     pub lost_listener: AtomicBool,
     pub live: AtomicUsize,
     pub empty: Notify,
+    /// What the listeners need.
+    pub _listeners: Place,
 }
 
 /// Keeps one workload served. Dropped, it stops accepting; connections that are open go on.

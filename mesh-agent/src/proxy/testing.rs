@@ -1,6 +1,9 @@
 //! Values that several tests of the proxy use.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use mesh_api::identity::Identity;
 use rustls::{
@@ -20,7 +23,23 @@ use super::{
         transport::{SecuredClient, SecuredServer, accept_tls, connect_tls},
     },
 };
-use crate::discovery::model::{CaptureSettings, Locality, Tunnel, Workload};
+use crate::{
+    capture::LocalWorkload,
+    discovery::model::{CaptureSettings, Locality, Tunnel, Workload},
+    sys::netns::Netns,
+};
+
+/// A workload of namespace `shop` that lives in this process's own network namespace.
+pub fn local(name: &str) -> Arc<LocalWorkload> {
+    Arc::new(LocalWorkload {
+        namespace: "shop".into(),
+        name: name.into(),
+        netns: Arc::new(Netns::open(Path::new("/proc/self/ns/net")).expect("own namespace")),
+        addresses: Vec::new(),
+        workload: Default::default(),
+        holds: Default::default(),
+    })
+}
 
 /// An identity of namespace `shop`.
 pub fn identity(account: &str) -> Identity {

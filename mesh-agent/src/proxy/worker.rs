@@ -3,7 +3,6 @@
 
 use std::{
     cell::RefCell,
-    collections::HashMap,
     future::Future,
     net::{IpAddr, TcpListener},
     panic::AssertUnwindSafe,
@@ -31,17 +30,21 @@ use super::{
     accept::{self, Accepted, Kind},
     balance::{BalanceLimits, Balancer},
     connect::{Dialer, Source},
+    fair::{Fair, Processor},
     handover::{HeldTunnel, Lent, Shown},
     limits::{
-        FAILURE_LINES, HANDOVER_QUEUE, Limits, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
+        FAILURE_LINES, HANDOVER_QUEUE, ORDER_QUEUE, REEVALUATION_BATCH, REEVALUATION_PAUSE,
         RESTART_PAUSE, SWEEP_INTERVAL,
     },
+    memory::{Far, Memory, Stalls},
     pool::{Pool, PoolKey},
     registry::Registry,
+    room::{Need, Place, Refused, Room},
     served::{ServeHandle, Served, wait_zero},
+    sources::Counts,
 };
 use crate::{
-    capture::{ConnectionGuard, Listeners, LocalWorkload},
+    capture::{Listeners, LocalWorkload},
     policy::Decision,
     telemetry::{CloseReason, Limit, Telemetry, seldom::Seldom},
 };
@@ -89,7 +92,8 @@ struct Inner {
 pub(super) struct Shared {
     mailboxes: Vec<Mailbox>,
     pub telemetry: Arc<Telemetry>,
-    pub limits: Arc<Limits>,
+    pub room: Arc<Room>,
+    pub memory: Arc<Memory>,
     total: AtomicUsize,
     empty: Notify,
 }
@@ -145,7 +149,8 @@ impl Workers {
         let shared = Arc::new(Shared {
             mailboxes,
             telemetry: context.telemetry.clone(),
-            limits: context.limits.clone(),
+            room: Arc::new(Room::new(context.limits.clone(), context.telemetry.clone())),
+            memory: Memory::new(context.limits.memory.clone(), context.telemetry.clone()),
             total: AtomicUsize::new(0),
             empty: Notify::new(),
         });
@@ -186,6 +191,7 @@ impl Workers {
         local: Arc<LocalWorkload>,
         listeners: Listeners,
     ) -> Result<ServeHandle, WorkerError> {
+        let listening = self.inner.shared.room.enrol(&local);
         let served = Arc::new(Served {
             id: self.inner.next_served.fetch_add(1, Ordering::Relaxed),
             local,
@@ -193,6 +199,7 @@ impl Workers {
             lost_listener: AtomicBool::new(false),
             live: AtomicUsize::new(0),
             empty: Notify::new(),
+            _listeners: listening,
         });
         let handle = ServeHandle {
             served: served.clone(),
@@ -328,9 +335,9 @@ impl Shared {
     }
 
     /// Hands a socket to another worker; gives it back when that one's queue is full.
-    pub fn hand_over(&self, index: usize, accepted: Accepted) -> Result<(), Accepted> {
+    pub fn hand_over(&self, index: usize, accepted: Accepted) -> Result<(), Box<Accepted>> {
         let Some(mailbox) = self.mailboxes.get(index) else {
-            return Err(accepted);
+            return Err(accepted.into());
         };
         mailbox
             .sockets
@@ -338,50 +345,32 @@ impl Shared {
             .map_err(|error| match error {
                 mpsc::error::TrySendError::Full(accepted) => {
                     self.telemetry.limits.reached(Limit::HandoverQueue);
-                    accepted
+                    accepted.into()
                 }
-                mpsc::error::TrySendError::Closed(accepted) => accepted,
+                mpsc::error::TrySendError::Closed(accepted) => accepted.into(),
             })
     }
 
-    /// Counts that a limit is reached.
-    pub fn refuse(&self, limit: Limit) -> Refused {
-        self.telemetry.limits.reached(limit);
-        Refused(limit)
-    }
-
-    /// Counts a connection on worker `index` against every limit. `application` is false for a tunnel, whose streams
-    /// are counted one by one.
+    /// Counts a connection on worker `index` against every limit.
     pub fn admit(
         self: &Arc<Self>,
         index: usize,
         served: &Arc<Served>,
-        application: bool,
+        need: Need,
     ) -> Result<Admission, Refused> {
-        if self.total.load(Ordering::Relaxed) >= self.limits.connections_per_node {
-            return Err(self.refuse(Limit::ConnectionsPerNode));
-        }
-        let open = served.local.connections.load(Ordering::Relaxed);
-        if application && open >= self.limits.connections_per_workload {
-            return Err(self.refuse(Limit::ConnectionsPerWorkload));
-        }
+        let place = self.room.enter(&served.local, need)?;
         self.total.fetch_add(1, Ordering::AcqRel);
         served.live.fetch_add(1, Ordering::AcqRel);
         let mut admission = Admission {
             shared: self.clone(),
             served: served.clone(),
             index,
-            _workload: application.then(|| served.local.connection()),
+            place,
         };
         admission.count_on(index);
         Ok(admission)
     }
 }
-
-/// A limit was reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("limit {} is reached", .0.name())]
-pub struct Refused(Limit);
 
 /// Stays where it is unless the least loaded worker has two connections less, and an eighth.
 fn less_loaded(own: usize, loads: impl Iterator<Item = usize>) -> usize {
@@ -399,7 +388,7 @@ pub(super) struct Admission {
     shared: Arc<Shared>,
     served: Arc<Served>,
     index: usize,
-    _workload: Option<ConnectionGuard>,
+    place: Place,
 }
 
 impl Admission {
@@ -413,6 +402,16 @@ impl Admission {
     /// The workload it belongs to.
     pub fn served(&self) -> &Arc<Served> {
         &self.served
+    }
+
+    /// The account of what it may hold here.
+    pub fn stalls(&self, far: Far) -> Stalls {
+        Stalls::new(&self.shared.memory, &self.served.local.holds, far)
+    }
+
+    /// It goes on as a stream of a tunnel.
+    pub fn tunnelled(&mut self) {
+        self.place.tunnelled();
     }
 }
 
@@ -437,26 +436,29 @@ pub(super) struct Worker {
     pub shared: Arc<Shared>,
     pub pool: Rc<Pool<Dialer>>,
     pub registry: Rc<Registry>,
+    pub processor: Rc<Processor>,
     pub listeners: Shown,
     pub balancer: RefCell<Balancer>,
-    pub handshakes: SourceCounts,
-    pub tunnels: SourceCounts,
+    /// In flight, by source address and by workload ([`Served::id`]).
+    pub handshakes: (Counts<IpAddr>, Counts<u64>),
+    pub tunnels: Counts<IpAddr>,
     pub accept_failures: Seldom,
     pub handshake_failures: Seldom,
 }
 
 impl Worker {
-    /// Runs a connection as a task of its own; a panic costs that connection only.
-    pub fn spawn(&self, connection: impl Future<Output = ()> + 'static) {
+    /// Runs a connection of a workload as a task of its own; a panic costs that connection only.
+    pub fn spawn(&self, local: &LocalWorkload, connection: impl Future<Output = ()> + 'static) {
         let telemetry = self.context.telemetry.clone();
         // Not an async block, which would hold the connection's state twice: as captured and as awaited.
-        let contained = AssertUnwindSafe(connection).catch_unwind();
-        tokio::task::spawn_local(contained.map(move |outcome| {
-            if outcome.is_err() {
+        let contained = AssertUnwindSafe(connection).catch_unwind().map(move |end| {
+            if end.is_err() {
                 telemetry.agent.panics.inc();
                 tracing::error!("a connection ended in a panic");
             }
-        }));
+        });
+        let flow = self.processor.flow(local.cookie().0);
+        tokio::task::spawn_local(Fair::new(flow, contained));
     }
 }
 
@@ -467,15 +469,16 @@ async fn run(
     mut sockets: mpsc::Receiver<Accepted>,
     mut orders: mpsc::Receiver<Order>,
 ) {
-    let dialer = Dialer::new(&context);
+    let dialer = Dialer::new(&context, shared.room.clone());
     let worker = Rc::new(Worker {
         index,
         pool: Pool::new(dialer, &context.limits.tunnel, &context.limits.time),
         registry: Rc::new(Registry::default()),
+        processor: Processor::new(context.telemetry.agent.waits.clone()),
         listeners: Shown::default(),
         balancer: RefCell::new(Balancer::new(rand::random(), BalanceLimits::default())),
-        handshakes: SourceCounts::default(),
-        tunnels: SourceCounts::default(),
+        handshakes: Default::default(),
+        tunnels: Counts::default(),
         accept_failures: Seldom::every(FAILURE_LINES),
         handshake_failures: Seldom::every(FAILURE_LINES),
         context,
@@ -485,6 +488,10 @@ async fn run(
     let own = worker.clone();
     tokio::task::spawn_local(supervise("sweep", panics.clone(), move || {
         sweep(own.clone())
+    }));
+    let processor = worker.processor.clone();
+    tokio::task::spawn_local(supervise("turns", panics.clone(), move || {
+        processor.clone().serve()
     }));
     let own = worker.clone();
     tokio::task::spawn_local(supervise("reevaluate", panics.clone(), move || {
@@ -565,99 +572,5 @@ fn forbids(decision: Option<Decision>) -> Option<Option<NamespacedName>> {
     }
 }
 
-/// Counts per source address, on one thread.
-#[derive(Debug, Clone, Default)]
-pub(super) struct SourceCounts(Rc<RefCell<HashMap<IpAddr, usize>>>);
-
-impl SourceCounts {
-    /// One more for `source`, unless it has `limit` already. The map holds only sources that have any.
-    pub fn enter(&self, source: IpAddr, limit: usize) -> Option<SourceCount> {
-        let mut counts = self.0.borrow_mut();
-        let count = counts.entry(source).or_default();
-        if *count >= limit {
-            return None;
-        }
-        *count += 1;
-        Some(SourceCount {
-            counts: self.clone(),
-            source,
-        })
-    }
-}
-
-/// One of a source's.
-#[derive(Debug)]
-pub(super) struct SourceCount {
-    counts: SourceCounts,
-    source: IpAddr,
-}
-
-impl Drop for SourceCount {
-    fn drop(&mut self) {
-        let mut counts = self.counts.0.borrow_mut();
-        if let Some(count) = counts.get_mut(&self.source) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.source);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_task_that_panics_is_counted_and_begun_anew() {
-        let panics = IntCounter::new("panics", "of tasks").expect("a valid name");
-        let mut begun = 0;
-        let supervised = supervise("test", panics.clone(), || {
-            begun += 1;
-            let fails = begun <= 2;
-            async move { assert!(!fails, "a bug") }
-        });
-        supervised.await;
-        assert_eq!((begun, panics.get()), (3, 2));
-    }
-
-    #[test]
-    fn a_live_connection_of_an_unknown_workload_must_end() {
-        assert_eq!(forbids(None), Some(None));
-    }
-
-    #[test]
-    fn a_connection_stays_unless_another_worker_is_clearly_less_loaded() {
-        for (own, loads, expected) in [
-            (0, vec![0, 0], 0),
-            (0, vec![1, 0], 0),
-            (0, vec![2, 0], 1),
-            (1, vec![0, 2], 0),
-            (0, vec![101, 100], 0),
-            (0, vec![120, 100], 1),
-            (0, vec![5], 0),
-        ] {
-            assert_eq!(
-                less_loaded(own, loads.iter().copied()),
-                expected,
-                "{own} of {loads:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_source_at_its_limit_is_refused_and_others_are_not() {
-        let counts = SourceCounts::default();
-        let (noisy, quiet) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
-        let held: Vec<_> = (0..3).map_while(|_| counts.enter(noisy, 3)).collect();
-        assert_eq!(held.len(), 3);
-        assert!(counts.enter(noisy, 3).is_none());
-        assert!(counts.enter(quiet, 3).is_some());
-        drop(held);
-        assert!(counts.enter(noisy, 3).is_some(), "released again");
-        assert!(
-            counts.0.borrow().is_empty(),
-            "no memory of sources that have none"
-        );
-    }
-}
+mod tests;

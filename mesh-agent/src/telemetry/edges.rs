@@ -258,7 +258,7 @@ impl EdgeCounters {
     }
 }
 
-type Table = HashMap<Key, Arc<EdgeCounters>>;
+type Table = HashMap<Arc<Key>, Arc<EdgeCounters>>;
 
 /// All edges.
 #[derive(Debug)]
@@ -312,7 +312,16 @@ impl Edges {
         } else {
             key
         };
-        use_edge(table.entry(key).or_default())
+        use_edge(table.entry(Arc::new(key)).or_default())
+    }
+
+    /// What is there, for whoever takes long: connections that begin and end need the lock.
+    fn snapshot(&self) -> Vec<(Arc<Key>, Arc<EdgeCounters>)> {
+        let table = self.read();
+        let edges = table.iter();
+        edges
+            .map(|(key, edge)| (key.clone(), edge.clone()))
+            .collect()
     }
 
     /// Notes that `edge` was used at `now`.
@@ -327,22 +336,21 @@ impl Edges {
         let now_ms = u64::try_from(now.saturating_duration_since(self.start).as_millis())
             .unwrap_or(u64::MAX);
         let idle_ms = u64::try_from(EDGE_IDLE.as_millis()).unwrap_or(u64::MAX);
-        self.table
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|_, edge| {
-                let idle = now_ms.saturating_sub(edge.last_used_ms.load(Relaxed));
-                edge.open.load(Relaxed) > 0 || idle < idle_ms
-            });
+        let is_idle = |edge: &EdgeCounters| {
+            let idle = now_ms.saturating_sub(edge.last_used_ms.load(Relaxed));
+            edge.open.load(Relaxed) == 0 && idle >= idle_ms
+        };
+        if !self.read().values().any(|edge| is_idle(edge)) {
+            return;
+        }
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        table.retain(|_, edge| !is_idle(edge));
     }
 
     /// For `weft top`, the busiest first.
     pub(super) fn rows(&self) -> Vec<Edge> {
-        let mut rows: Vec<Edge> = self
-            .read()
-            .iter()
-            .map(|(key, edge)| edge.row(key))
-            .collect();
+        let edges = self.snapshot();
+        let mut rows: Vec<Edge> = edges.iter().map(|(key, edge)| edge.row(key)).collect();
         rows.sort_by_key(|row| {
             std::cmp::Reverse(row.bytes_sent.saturating_add(row.bytes_received))
         });
@@ -472,8 +480,8 @@ impl Collector for Collect {
             COUNTER,
         );
         let mut known = Family::new("weft_edges", "Edges counted apart", GAUGE);
-        let table = self.0.read();
-        for (key, edge) in &*table {
+        let edges = self.0.snapshot();
+        for (key, edge) in &edges {
             let labels = key.labels();
             closed.push_reasons(&labels, &edge.closed);
             failed.push_reasons(&labels, &edge.failed);
@@ -488,12 +496,41 @@ impl Collector for Collect {
             }
         }
         folded.push(Vec::new(), number(self.0.folded.load(Relaxed)));
-        known.push(Vec::new(), number(table.len() as u64));
+        known.push(Vec::new(), number(edges.len() as u64));
         [
             opened, closed, failed, open, sent, received, rtt, again, folded, known,
         ]
         .into_iter()
         .filter_map(Family::finish)
         .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_reads_the_edges_holds_no_lock_that_a_connection_needs() {
+        let edges = Edges::new(10);
+        let key = PartyKey::named("web");
+        let key = Key {
+            direction: Direction::Outbound,
+            security: Security::None,
+            source: key.clone(),
+            destination: key,
+            service: None,
+        };
+        edges
+            .table
+            .write()
+            .expect("not poisoned")
+            .insert(Arc::new(key), Arc::default());
+        let seen = edges.snapshot();
+        assert_eq!(seen.len(), 1);
+        assert!(
+            edges.table.try_write().is_ok(),
+            "a new edge can be counted while the old ones are written"
+        );
     }
 }

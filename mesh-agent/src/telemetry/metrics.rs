@@ -112,6 +112,8 @@ pub struct AgentMetrics {
     pub workloads: IntGauge,
     /// Panics that ended one connection or one task.
     pub panics: IntCounter,
+    /// Tasks of busy workloads that let others go first.
+    pub waits: IntCounter,
     draining: IntGauge,
     draining_connections: IntGauge,
 }
@@ -135,6 +137,11 @@ impl AgentMetrics {
                 registry,
                 "weft_agent_panics_total",
                 "Panics contained to one connection or task",
+            ),
+            waits: counter(
+                registry,
+                "weft_agent_turns_waited_total",
+                "Tasks of busy workloads that let others go first",
             ),
             draining: gauge(
                 registry,
@@ -247,18 +254,30 @@ impl CertificateMetrics {
 pub enum Limit {
     /// The system has no descriptors or memory for another accepted socket.
     Accept,
-    /// Connections of the node.
+    /// Connections of the node: few or none are left, and the workload holds more than that.
     ConnectionsPerNode,
+    /// Descriptors of the node: none is left.
+    Descriptors,
+    /// Descriptors of the node: few are left, and the workload holds more than that.
+    DescriptorShare,
     /// Connections of one workload.
     ConnectionsPerWorkload,
     /// TLS handshakes in flight with one source address.
     HandshakesPerSource,
+    /// TLS handshakes in flight for one workload.
+    HandshakesPerWorkload,
     /// Tunnels from one source address.
     TunnelsPerSource,
     /// Tunnels to one peer for one workload.
     TunnelsPerKey,
+    /// Tunnels to peers for one workload.
+    TunnelsPerWorkload,
     /// Accepted sockets that wait for another worker; they stay where they are.
     HandoverQueue,
+    /// Bytes that wait because somebody does not read them: the workload's streams have the least window now.
+    BufferedBytes,
+    /// Source ports towards one destination, which the kernel chooses from `ip_local_port_range`.
+    SourcePorts,
     /// Orders that wait for a worker.
     OrderQueue,
     /// Time for a client's TLS handshake.
@@ -271,14 +290,20 @@ pub enum Limit {
 
 impl Limit {
     /// Every limit.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 17] = [
         Self::Accept,
         Self::ConnectionsPerNode,
+        Self::Descriptors,
+        Self::DescriptorShare,
         Self::ConnectionsPerWorkload,
         Self::HandshakesPerSource,
+        Self::HandshakesPerWorkload,
         Self::TunnelsPerSource,
         Self::TunnelsPerKey,
+        Self::TunnelsPerWorkload,
         Self::HandoverQueue,
+        Self::BufferedBytes,
+        Self::SourcePorts,
         Self::OrderQueue,
         Self::HandshakeDeadline,
         Self::FirstFrameDeadline,
@@ -291,11 +316,17 @@ impl Limit {
         match self {
             Self::Accept => "accept",
             Self::ConnectionsPerNode => "connections_per_node",
+            Self::Descriptors => "descriptors",
+            Self::DescriptorShare => "descriptor_share",
             Self::ConnectionsPerWorkload => "connections_per_workload",
             Self::HandshakesPerSource => "handshakes_per_source",
+            Self::HandshakesPerWorkload => "handshakes_per_workload",
             Self::TunnelsPerSource => "tunnels_per_source",
             Self::TunnelsPerKey => "tunnels_per_key",
+            Self::TunnelsPerWorkload => "tunnels_per_workload",
             Self::HandoverQueue => "handover_queue",
+            Self::BufferedBytes => "buffered_bytes",
+            Self::SourcePorts => "source_ports",
             Self::OrderQueue => "order_queue",
             Self::HandshakeDeadline => "handshake_deadline",
             Self::FirstFrameDeadline => "first_frame_deadline",
@@ -304,23 +335,74 @@ impl Limit {
     }
 }
 
-/// Limits that were reached.
+/// Limits that were reached, and how far the node is from them.
 #[derive(Debug)]
-pub struct LimitMetrics(IntCounterVec);
+pub struct LimitMetrics {
+    reached: IntCounterVec,
+    refused: IntCounterVec,
+    /// Descriptors that workloads may hold.
+    pub descriptors: IntGauge,
+    /// Descriptors that they hold.
+    pub descriptors_used: IntGauge,
+    /// Bytes that may wait for somebody to read them.
+    pub buffered_bytes: IntGauge,
+}
 
 impl LimitMetrics {
     pub(super) fn new(registry: &Registry) -> Self {
-        Self(counters(
-            registry,
-            "weft_limit_reached_total",
-            "A limit of the agent was reached",
-            &["limit"],
-        ))
+        Self {
+            reached: counters(
+                registry,
+                "weft_limit_reached_total",
+                "A limit of the agent was reached",
+                &["limit"],
+            ),
+            refused: counters(
+                registry,
+                "weft_workload_refused_total",
+                "Connections and tunnels of a workload that a limit refused",
+                &["workload"],
+            ),
+            descriptors: gauge(
+                registry,
+                "weft_descriptors",
+                "Descriptors that workloads may hold",
+            ),
+            descriptors_used: gauge(
+                registry,
+                "weft_descriptors_used",
+                "Descriptors that workloads hold",
+            ),
+            buffered_bytes: gauge(
+                registry,
+                "weft_buffered_bytes",
+                "Bytes that may wait in the proxy for somebody to read them",
+            ),
+        }
     }
 
     /// Counts that `limit` was reached.
     pub fn reached(&self, limit: Limit) {
-        self.0.with_label_values(&[limit.name()]).inc();
+        self.reached.with_label_values(&[limit.name()]).inc();
+    }
+
+    /// Counts that a limit refused something of a workload.
+    pub fn refused(&self, namespace: &str, name: &str) {
+        let workload = format!("{namespace}/{name}");
+        self.refused.with_label_values(&[&workload]).inc();
+    }
+
+    /// Counts a failed dial if there was no source port left. connect(2): EADDRNOTAVAIL.
+    pub fn dial_failed(&self, error: &std::io::Error) {
+        if error.kind() == std::io::ErrorKind::AddrNotAvailable {
+            self.reached(Limit::SourcePorts);
+        }
+    }
+
+    /// Forgets a workload (`<namespace>/<name>`) that was un-enrolled.
+    pub fn forget(&self, workload: &str) {
+        // Only fails when nothing of it was refused.
+        let _ = self.refused.remove_label_values(&[workload]);
     }
 }
 
@@ -404,6 +486,56 @@ impl PoolMetrics {
     }
 }
 
+/// Why a tunnel did not come about. The names are label values of `weft_tunnel_failed_total`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TunnelFailure {
+    /// TCP to the peer failed.
+    Dial,
+    /// The peer was silent for too long.
+    TimedOut,
+    /// TLS failed.
+    Tls,
+    /// HTTP/2 failed.
+    Http2,
+    /// No certificate of our own.
+    NoCertificate,
+    /// The client's certificate names no workload.
+    NoIdentity,
+    /// The agent does not know its own workload yet.
+    UnknownWorkload,
+    /// A limit of this agent.
+    Limit,
+}
+
+impl TunnelFailure {
+    /// Every failure.
+    pub const ALL: [Self; 8] = [
+        Self::Dial,
+        Self::TimedOut,
+        Self::Tls,
+        Self::Http2,
+        Self::NoCertificate,
+        Self::NoIdentity,
+        Self::UnknownWorkload,
+        Self::Limit,
+    ];
+
+    /// The label value.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Dial => "dial",
+            Self::TimedOut => "timed_out",
+            Self::Tls => "tls",
+            Self::Http2 => "http2",
+            Self::NoCertificate => "no_certificate",
+            Self::NoIdentity => "no_identity",
+            Self::UnknownWorkload => "unknown_workload",
+            Self::Limit => "limit",
+        }
+    }
+}
+
 /// Tunnels.
 #[derive(Debug)]
 pub struct TunnelMetrics {
@@ -427,7 +559,7 @@ impl TunnelMetrics {
                 registry,
                 "weft_tunnel_failed_total",
                 "Tunnels that could not be opened",
-                labels,
+                &["direction", "reason"],
             ),
         }
     }
@@ -442,8 +574,10 @@ impl TunnelMetrics {
     }
 
     /// Counts a tunnel that could not be opened.
-    pub fn failed(&self, direction: Direction) {
-        self.failed.with_label_values(&[direction.name()]).inc();
+    pub fn failed(&self, direction: Direction, failure: TunnelFailure) {
+        self.failed
+            .with_label_values(&[direction.name(), failure.name()])
+            .inc();
     }
 }
 

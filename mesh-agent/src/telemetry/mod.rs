@@ -27,11 +27,11 @@ pub mod seldom;
 
 pub use edges::{EDGE_IDLE, EDGES_MAX};
 use edges::{EdgeCounters, Edges};
-pub use metrics::Limit;
 use metrics::{
     AgentMetrics, CaptureMetrics, CertificateMetrics, LimitMetrics, PolicyMetrics, PoolMetrics,
     TunnelMetrics, XdsMetrics,
 };
+pub use metrics::{Limit, TunnelFailure};
 
 /// Which side of a connection this node saw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -270,6 +270,12 @@ impl Telemetry {
     #[must_use]
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// Forgets the series of a workload (`<namespace>/<name>`) that was un-enrolled.
+    pub fn forget_workload(&self, workload: &str) {
+        self.capture.forget(workload);
+        self.limits.forget(workload);
     }
 
     /// Counts an opened connection. The returned value counts bytes and must be finished.

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io::ErrorKind};
 
 use mesh_api::names::WorkloadUid;
 
@@ -276,10 +276,14 @@ fn every_documented_metric_is_there() {
     );
     telemetry.observe_handshake(Direction::Inbound, Duration::from_millis(2));
     let tunnel = telemetry.tunnels.open(Direction::Outbound);
-    telemetry.tunnels.failed(Direction::Inbound);
+    telemetry
+        .tunnels
+        .failed(Direction::Inbound, TunnelFailure::Tls);
     telemetry.capture.set_state("shop/web", true);
     telemetry.capture.set_state("shop/gone", false);
-    telemetry.capture.forget("shop/gone");
+    telemetry.limits.refused("shop", "web");
+    telemetry.limits.refused("shop", "gone");
+    telemetry.forget_workload("shop/gone");
     telemetry
         .certificates
         .renewed(&identity("web"), 1_900_000_000);
@@ -295,7 +299,7 @@ fn every_documented_metric_is_there() {
         "weft_tls_handshake_duration_seconds_count{direction=\"inbound\"} 1",
         "weft_tunnels_open{direction=\"outbound\"} 1",
         "weft_tunnel_opened_total{direction=\"outbound\"} 1",
-        "weft_tunnel_failed_total{direction=\"inbound\"} 1",
+        "weft_tunnel_failed_total{direction=\"inbound\",reason=\"tls\"} 1",
         "weft_pool_hits_total 0",
         "weft_pool_misses_total 0",
         "weft_pool_waiting 0",
@@ -304,6 +308,7 @@ fn every_documented_metric_is_there() {
         "weft_capture_repairs_total 0",
         "weft_agent_ready 0",
         "weft_agent_panics_total 0",
+        "weft_agent_turns_waited_total 0",
         "weft_log_lines_dropped_total 0",
         "weft_certificate_expiry_seconds{identity=\"spiffe://cluster.local/ns/shop/sa/web\"} 1900000000",
         "weft_xds_connected 0",
@@ -311,6 +316,10 @@ fn every_documented_metric_is_there() {
         "weft_xds_nacks_total 0",
         "weft_xds_resources{type=\"workload\"} 12",
         "weft_limit_reached_total{limit=\"order_queue\"} 1",
+        "weft_workload_refused_total{workload=\"shop/web\"} 1",
+        "weft_descriptors 0",
+        "weft_descriptors_used 0",
+        "weft_buffered_bytes 0",
         "weft_policy_audit_total{policy=\"shop/only-web\"} 1",
         "weft_policy_revoked_total 0",
     ] {
@@ -329,10 +338,64 @@ fn every_documented_metric_is_there() {
 }
 
 #[test]
+fn only_a_want_of_source_ports_counts_as_one() {
+    let telemetry = Telemetry::new("1.2.3");
+    for kind in [ErrorKind::ConnectionRefused, ErrorKind::AddrNotAvailable] {
+        telemetry.limits.dial_failed(&kind.into());
+    }
+    let line = "weft_limit_reached_total{limit=\"source_ports\"} 1\n";
+    assert!(telemetry.render().contains(line));
+}
+
+#[test]
+fn pods_that_come_and_go_leave_no_series() {
+    let telemetry = Telemetry::new("1.2.3");
+    let series = |now| {
+        let text = telemetry.render_at(now);
+        text.lines().filter(|line| !line.starts_with('#')).count()
+    };
+    let come_and_go = |n: usize| {
+        let (name, workload) = (format!("pod-{n}"), format!("shop/pod-{n}"));
+        telemetry.capture.set_state(&workload, true);
+        telemetry.limits.refused("shop", &name);
+        telemetry.certificates.renewed(&identity(&name), 1);
+        telemetry
+            .open(connection(&name, "db"))
+            .finish(CloseReason::Finished);
+        telemetry.certificates.forget(&identity(&name));
+        telemetry.forget_workload(&workload);
+    };
+    let start = Instant::now();
+    let before = series(start);
+    (0..EDGES_MAX).for_each(come_and_go);
+    assert!(
+        series(start) > before + EDGES_MAX,
+        "edges live on for a while"
+    );
+    assert_eq!(series(start + EDGE_IDLE * 2), before);
+    let capture = telemetry.render();
+    assert!(
+        !capture.contains("pod-"),
+        "of pods themselves nothing stays"
+    );
+}
+
+#[test]
 fn every_limit_is_documented() {
-    let documented = include_str!("../../../docs/metrics.md");
+    let metrics = include_str!("../../../docs/metrics.md");
+    let limits = include_str!("../../../docs/limits.md");
     for limit in Limit::ALL {
         let row = format!("`{}`", limit.name());
+        assert!(metrics.contains(&row), "{row} is missing in metrics.md");
+        assert!(limits.contains(&row), "{row} is missing in limits.md");
+    }
+}
+
+#[test]
+fn every_reason_of_a_failed_tunnel_is_documented() {
+    let documented = include_str!("../../../docs/metrics.md");
+    for failure in TunnelFailure::ALL {
+        let row = format!("`{}`", failure.name());
         assert!(documented.contains(&row), "{row} is missing");
     }
 }

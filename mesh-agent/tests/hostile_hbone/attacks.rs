@@ -22,7 +22,7 @@ use tokio::{
 
 use super::{CODECS, PORT, PRIVATE_PORT, World, identity, within};
 use crate::{
-    peer::{self, Credentials, Forgery, LIMIT, TUNNEL_PORT},
+    peer::{self, Credentials, DAY_S, Forgery, LIMIT, TUNNEL_PORT},
     raw::{self, Answer},
 };
 
@@ -333,7 +333,7 @@ async fn certificates(world: &World, victim: IpAddr, valid: &Credentials) -> Res
     let forgery = |uris, by_the_mesh, expired, usage| Forgery {
         uris,
         by_the_mesh,
-        expired,
+        ends_in_s: if expired { -DAY_S } else { DAY_S },
         usage,
     };
     let own = [evil.as_str()];

@@ -2,10 +2,12 @@
 //! description alone, with a certificate of the mesh. Needs root.
 
 mod attacks;
+mod expiry;
 mod floods;
 mod interop;
 mod peer;
 mod raw;
+mod silence;
 
 use std::{future::Future, net::SocketAddr, path::Path};
 

@@ -38,6 +38,8 @@ use x509_parser::time::ASN1Time;
 
 /// Longest step of a conversation.
 pub const LIMIT: Duration = Duration::from_secs(20);
+/// A day, seconds.
+pub const DAY_S: i64 = 86_400;
 /// Port of HBONE.
 pub const TUNNEL_PORT: u16 = 15008;
 
@@ -117,8 +119,8 @@ pub struct Forgery<'a> {
     pub uris: &'a [&'a str],
     /// Signed by the mesh's own authority, or by one that only claims to be it.
     pub by_the_mesh: bool,
-    /// Over since a day.
-    pub expired: bool,
+    /// Seconds until it is over, or negative since then.
+    pub ends_in_s: i64,
     /// What the key may be used for.
     pub usage: ExtendedKeyUsagePurpose,
 }
@@ -148,9 +150,8 @@ pub fn forge(mesh: &Path, forgery: &Forgery<'_>) -> Result<Credentials> {
         .serialize_request(&leaf_key)?
         .pem()?;
     let mut request = CertificateSigningRequestParams::from_pem(&pem)?;
-    let days = if forgery.expired { (-2, -1) } else { (-1, 1) };
-    request.params.not_before = day(days.0)?.to_datetime();
-    request.params.not_after = day(days.1)?.to_datetime();
+    request.params.not_before = after(-2 * DAY_S)?.to_datetime();
+    request.params.not_after = after(forgery.ends_in_s)?.to_datetime();
     request.params.extended_key_usages = vec![forgery.usage.clone()];
     let leaf = request.signed_by(&issuer)?;
     Ok(Credentials {
@@ -161,11 +162,11 @@ pub fn forge(mesh: &Path, forgery: &Forgery<'_>) -> Result<Credentials> {
     })
 }
 
-/// Days from now, as certificates have it.
-fn day(offset: i64) -> Result<ASN1Time> {
+/// So many seconds from now, as certificates have it.
+fn after(seconds: i64) -> Result<ASN1Time> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
     Ok(ASN1Time::from_timestamp(
-        i64::try_from(now.as_secs())? + offset * 86_400,
+        i64::try_from(now.as_secs())? + seconds,
     )?)
 }
 

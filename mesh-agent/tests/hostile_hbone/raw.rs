@@ -86,6 +86,61 @@ where
     }
 }
 
+/// Answers PINGs until a frame of this kind (and these flags) comes. The first stream must stay open. Returns whether
+/// another stream was accepted meanwhile.
+async fn until<S>(stream: &mut S, wanted: (u8, u8)) -> Result<bool>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut accepted = false;
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await?;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        let mut payload = vec![0; length];
+        stream.read_exact(&mut payload).await?;
+        match (head[3], head[4]) {
+            seen if seen == wanted => return Ok(accepted),
+            (PING, 0) => {
+                let mut bytes = Vec::new();
+                frame(&mut bytes, PING, ACK, 0, &payload);
+                stream.write_all(&bytes).await?;
+            }
+            (RST_STREAM, _) if head[8] == 1 => bail!("the open stream was reset"),
+            (HEADERS, _) => accepted |= is_200(&payload),
+            _ => {}
+        }
+    }
+}
+
+/// Waits for GOAWAY on a connection whose first stream is open.
+pub async fn until_goaway<S>(stream: &mut S) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    until(stream, (GOAWAY, 0)).await.map(drop)
+}
+
+/// Whether another stream is accepted. PINGs frame the question, so that no answer is an answer, and so that a server
+/// that says GOAWAY twice, with a PING between (RFC 9113 section 6.8), has said it.
+pub async fn takes_another<S>(stream: &mut S, fields: &[(&[u8], &[u8])]) -> Result<bool>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut accepted = false;
+    for ask in [false, true] {
+        let mut bytes = Vec::new();
+        if ask {
+            frame(&mut bytes, HEADERS, END_HEADERS, 3, &header_block(fields)?);
+        }
+        frame(&mut bytes, PING, 0, 0, b"question");
+        stream.write_all(&bytes).await?;
+        stream.flush().await?;
+        accepted |= until(stream, (PING, ACK)).await?;
+    }
+    Ok(accepted)
+}
+
 /// The status is the first field; updates of the dynamic table's size (`001xxxxx`) may precede it.
 fn is_200(block: &[u8]) -> bool {
     let first = block.iter().find(|byte| **byte >> 5 != 1);

@@ -207,6 +207,24 @@ impl Object {
         )
     }
 
+    /// A JSON document that [`parse`] reads back as the same object.
+    ///
+    /// # Errors
+    /// When a value has no form in JSON.
+    pub fn to_json(&self) -> serde_json::Result<String> {
+        match self {
+            Self::Namespace(object) => serde_json::to_string(object),
+            Self::Node(object) => serde_json::to_string(object),
+            Self::ServiceAccount(object) => serde_json::to_string(object),
+            Self::Pod(object) => serde_json::to_string(object),
+            Self::Service(object) => serde_json::to_string(object),
+            Self::EndpointSlice(object) => serde_json::to_string(object),
+            Self::AuthorizationPolicy(object) => serde_json::to_string(object),
+            Self::MeshPolicy(object) => serde_json::to_string(object),
+            Self::ExternalWorkload(object) => serde_json::to_string(object),
+        }
+    }
+
     /// Everything that is wrong with its values. The parser calls it; sources that receive typed objects from
     /// elsewhere call it themselves.
     #[must_use]

@@ -214,6 +214,13 @@ fn the_documented_example_is_valid() {
         .map(|located| located.object.kind())
         .collect();
     assert_eq!(kinds.len(), Kind::ALL.len(), "an example of every kind");
+    for Located { object, .. } in parsed.objects {
+        let json = object.to_json().expect("written");
+        let back = parse(&json);
+        assert_eq!(back.problems, [], "{json}");
+        let back: Vec<_> = back.objects.into_iter().map(|it| it.object).collect();
+        assert_eq!(back, [object], "{json}");
+    }
 }
 
 /// The stand-ins of a text's refused policies, as `kind namespace/name`.

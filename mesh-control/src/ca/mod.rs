@@ -2,6 +2,7 @@
 
 mod csr;
 mod files;
+mod key;
 pub(crate) mod roots;
 pub(crate) mod rotation;
 pub(crate) mod secret;
@@ -16,13 +17,14 @@ use mesh_api::identity::Identity;
 use rand::{Rng, rngs::ThreadRng};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, date_time_ymd,
+    Issuer, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, date_time_ymd,
 };
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::{pki_types::CertificateDer, sign::SigningKey};
 use zeroize::Zeroizing;
 
 pub use csr::{CSR_MAX_BYTES, CsrError, Request as SigningRequest};
 pub use files::CaFilesError;
+use key::SecretKey;
 pub use secret::CaSecretError;
 pub(crate) use service::{CaService, service as grpc_service};
 
@@ -50,11 +52,14 @@ pub enum SignError {
     /// The crypto library refused.
     #[error("signing failed: {0}")]
     Library(#[from] rcgen::Error),
+    /// The TLS library refused a key of ours.
+    #[error("TLS: {0}")]
+    Tls(#[from] rustls::Error),
 }
 
 /// The authority. Its key never leaves it.
 pub struct Authority {
-    issuer: Issuer<'static, KeyPair>,
+    issuer: Issuer<'static, SecretKey>,
     /// PEM of the own certificate when it is not itself a root.
     intermediate: Option<String>,
     roots: String,
@@ -85,7 +90,7 @@ pub struct ServingCertificate {
     /// DER: leaf and intermediates.
     pub chain: Vec<CertificateDer<'static>>,
     /// Its key.
-    pub key: PrivateKeyDer<'static>,
+    pub key: std::sync::Arc<dyn SigningKey>,
 }
 
 /// A key and certificate of an authority, PEM.
@@ -164,7 +169,7 @@ impl Authority {
         names: &[String],
         now: SystemTime,
     ) -> Result<ServingCertificate, SignError> {
-        let key = KeyPair::generate()?;
+        let key = SecretKey::generate()?;
         let mut params = CertificateParams::default();
         for name in names {
             params.subject_alt_names.push(match name.parse::<IpAddr>() {
@@ -183,7 +188,7 @@ impl Authority {
         if let Some(pem) = &self.intermediate {
             chain.extend(files::certificates(pem).unwrap_or_default());
         }
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let key = key.for_tls()?;
         Ok(ServingCertificate { chain, key })
     }
 
@@ -216,7 +221,7 @@ impl Authority {
         extra_roots: &str,
         leaf_max_lifetime: Duration,
     ) -> Result<Self, CaFilesError> {
-        let key = KeyPair::from_pem(&material.key).map_err(|_| CaFilesError::Key)?;
+        let key = SecretKey::from_pem(&material.key).ok_or(CaFilesError::Key)?;
         let checked = files::check_authority(&material.certificate, key.der_bytes(), extra_roots)?;
         let issuer = Issuer::from_ca_cert_der(&checked.certificate, key)
             .map_err(|_| CaFilesError::Certificate("is not one that this program can sign with"))?;
@@ -231,7 +236,7 @@ impl Authority {
 }
 
 fn make_root(trust_domain: &str, now: SystemTime) -> Result<Material, rcgen::Error> {
-    let key = KeyPair::generate()?;
+    let key = SecretKey::generate()?;
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params
@@ -246,7 +251,7 @@ fn make_root(trust_domain: &str, now: SystemTime) -> Result<Material, rcgen::Err
     set_validity(&mut params, now - BACKDATE, now + ROOT_LIFETIME);
     let certificate = params.self_signed(&key)?.pem();
     Ok(Material {
-        key: Zeroizing::new(key.serialize_pem()),
+        key: key.to_pem(),
         certificate,
     })
 }

@@ -119,6 +119,14 @@ impl Folder {
         self.files.keys().map(String::as_str)
     }
 
+    /// The last good objects of a file.
+    pub fn objects(&self, file: &str) -> impl Iterator<Item = &Object> {
+        let objects = self.files.get(file).map(|state| &state.objects);
+        objects
+            .into_iter()
+            .flat_map(|it| it.values().map(AsRef::as_ref))
+    }
+
     /// A file of which nothing could ever be read, and why.
     #[must_use]
     pub fn unread(&self) -> Option<FileProblem> {

@@ -6,6 +6,7 @@
 //! later look confirms it (`steady`).
 
 pub mod folder;
+mod last_good;
 mod steady;
 mod watch;
 
@@ -26,6 +27,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 pub use folder::{FileProblem, Folder};
+use last_good::LastGood;
 use steady::{FolderId, Listing, Steady};
 use watch::{FolderWatch, Seen};
 
@@ -100,6 +102,7 @@ pub struct FilesSource {
     folder: Folder,
     fingerprints: BTreeMap<String, Fingerprint>,
     steady: Steady,
+    last_good: LastGood,
     /// A file was left for next time.
     unsettled: bool,
     clock: Clock,
@@ -109,11 +112,16 @@ pub struct FilesSource {
 }
 
 impl FilesSource {
-    /// Reads the folder once. Policies in `root_namespace` apply to the whole mesh.
+    /// Reads the folder once. Policies in `root_namespace` apply to the whole mesh. In the folder `last_good` the last good
+    /// objects are kept over restarts.
     ///
     /// # Errors
     /// When the folder itself cannot be read. Bad files are [`FilesSource::problems`], not errors.
-    pub fn open(path: &Path, root_namespace: &str) -> Result<(Self, Vec<Change>), SourceError> {
+    pub fn open(
+        path: &Path,
+        root_namespace: &str,
+        last_good: Option<&Path>,
+    ) -> Result<(Self, Vec<Change>), SourceError> {
         let failed = |source| SourceError::Folder {
             path: path.into(),
             source,
@@ -126,13 +134,34 @@ impl FilesSource {
             folder: Folder::new(root_namespace),
             fingerprints: BTreeMap::new(),
             steady,
+            last_good: LastGood::new(last_good),
             unsettled: false,
             clock: Clock(Arc::new(SystemTime::now)),
             own_problems: BTreeSet::new(),
             reported: BTreeSet::new(),
         };
+        source.restore().map_err(failed)?;
         let changes = source.scan(&Scope::All);
+        let Self {
+            folder, last_good, ..
+        } = &mut source;
+        last_good.forget_others(|kept| folder.files().any(|file| file == kept));
         Ok((source, changes))
+    }
+
+    /// Begins with what was last good of the files that are there, as if they had been read so a moment ago.
+    fn restore(&mut self) -> io::Result<()> {
+        for name in self.list()? {
+            if let Some(kept) = self.last_good.read(&name) {
+                self.folder.update(&name, Ok(&kept));
+            }
+        }
+        Ok(())
+    }
+
+    fn update(&mut self, name: &str, content: Result<&str, String>) {
+        self.folder.update(name, content);
+        self.last_good.keep(name, self.folder.objects(name));
     }
 
     /// Everything that is wrong now.
@@ -142,6 +171,7 @@ impl FilesSource {
             .problems()
             .union(&self.own_problems)
             .cloned()
+            .chain(self.last_good.problems())
             .collect()
     }
 
@@ -191,6 +221,9 @@ impl FilesSource {
                     });
                 }
             }
+        }
+        for name in self.last_good.failed() {
+            self.last_good.keep(&name, self.folder.objects(&name));
         }
         self.folder.changes()
     }
@@ -278,6 +311,7 @@ impl FilesSource {
     fn forget(&mut self, name: &str) {
         self.fingerprints.remove(name);
         self.folder.remove(name);
+        self.last_good.forget(name);
     }
 
     fn scan_file(&mut self, name: &str, settled_before: Option<SystemTime>) {
@@ -293,9 +327,7 @@ impl FilesSource {
                     return self.forget(name);
                 }
                 self.fingerprints.remove(name);
-                return self
-                    .folder
-                    .update(name, Err(format!("cannot be read: {error}")));
+                return self.update(name, Err(format!("cannot be read: {error}")));
             }
         };
         let fingerprint = fingerprint(&metadata);
@@ -310,8 +342,8 @@ impl FilesSource {
         }
         self.fingerprints.insert(name.into(), fingerprint);
         match read_limited(&path, FILE_MAX_BYTES) {
-            Ok(text) => self.folder.update(name, Ok(&text)),
-            Err(message) => self.folder.update(name, Err(message)),
+            Ok(text) => self.update(name, Ok(&text)),
+            Err(message) => self.update(name, Err(message)),
         }
     }
 

@@ -62,7 +62,7 @@ impl Followed {
         let hub = Hub::new(MeshConfig::default());
         let metrics = Metrics::new(&Registry::new()).expect("new registry");
         let watch = FolderWatch::open(&path).expect("inotify");
-        let (mut source, changes) = FilesSource::open(&path, ROOT).expect("readable");
+        let (mut source, changes) = FilesSource::open(&path, ROOT, None).expect("readable");
         source.clock = eager();
         hub.apply(changes);
         let generation = hub.generation();
@@ -187,7 +187,7 @@ fn files_over_the_limit_or_not_text_are_problems_of_that_file_only() {
     fs::create_dir(path("folder.yaml")).expect("folder");
     fs::write(path(".hidden.yaml"), "{").expect("write");
     fs::write(path("notes.txt"), "{").expect("write");
-    let (source, changes) = FilesSource::open(folder.path(), ROOT).expect("readable");
+    let (source, changes) = FilesSource::open(folder.path(), ROOT, None).expect("readable");
     assert_eq!(changes.len(), 1);
     let problems: Vec<_> = source.problems().iter().map(ToString::to_string).collect();
     assert_eq!(
@@ -210,13 +210,13 @@ fn a_file_of_exactly_the_limit_is_read() {
 
 #[test]
 fn a_missing_folder_is_an_error() {
-    assert!(FilesSource::open(Path::new("/nonexistent/manifests"), ROOT).is_err());
+    assert!(FilesSource::open(Path::new("/nonexistent/manifests"), ROOT, None).is_err());
 }
 
 #[test]
 fn a_file_that_changed_a_moment_ago_waits_for_its_event() {
     let folder = tempfile::tempdir().expect("tempdir");
-    let (mut source, _) = FilesSource::open(folder.path(), ROOT).expect("readable");
+    let (mut source, _) = FilesSource::open(folder.path(), ROOT, None).expect("readable");
     fs::write(folder.path().join("a.yaml"), pod("web", "10.0.0.1")).expect("write");
     assert!(source.scan(&Scope::Settled).is_empty());
     assert_eq!(
@@ -254,7 +254,7 @@ fn a_replaced_folder_counts_when_it_is_complete() {
     };
     write("a", "10.0.0.1");
     write("b", "10.0.0.2");
-    let (mut source, changes) = FilesSource::open(&path, ROOT).expect("readable");
+    let (mut source, changes) = FilesSource::open(&path, ROOT, None).expect("readable");
     assert_eq!(changes.len(), 2);
     let seconds = Arc::new(AtomicU64::new(0));
     source.clock = moved(&seconds);
@@ -285,7 +285,7 @@ fn a_file_that_is_missing_from_a_listing_is_gone_when_it_is_missing_again() {
     let folder = tempfile::tempdir().expect("tempdir");
     let path = folder.path().join("a.yaml");
     fs::write(&path, pod("web", "10.0.0.1")).expect("write");
-    let (mut source, _) = FilesSource::open(folder.path(), ROOT).expect("readable");
+    let (mut source, _) = FilesSource::open(folder.path(), ROOT, None).expect("readable");
     let seconds = Arc::new(AtomicU64::new(0));
     source.clock = moved(&seconds);
     fs::remove_file(&path).expect("remove");
@@ -301,7 +301,7 @@ fn a_link_that_leads_nowhere_keeps_what_it_led_to() {
     let (target, link) = (folder.path().join("target"), folder.path().join("a.yaml"));
     fs::write(&target, pod("web", "10.0.0.1")).expect("write");
     symlink(&target, &link).expect("link");
-    let (mut source, _) = FilesSource::open(folder.path(), ROOT).expect("readable");
+    let (mut source, _) = FilesSource::open(folder.path(), ROOT, None).expect("readable");
     fs::remove_file(&target).expect("remove");
     assert!(
         source
@@ -310,7 +310,7 @@ fn a_link_that_leads_nowhere_keeps_what_it_led_to() {
     );
     assert_eq!(source.problems().len(), 1);
     assert!(source.require_read().is_ok());
-    let (source, _) = FilesSource::open(folder.path(), ROOT).expect("readable");
+    let (source, _) = FilesSource::open(folder.path(), ROOT, None).expect("readable");
     let refused = source.require_read();
     assert!(
         matches!(refused, Err(SourceError::Unread { .. })),

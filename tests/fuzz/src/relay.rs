@@ -47,6 +47,8 @@ impl Meter for Counted {
         self.down.set(self.down.get() + bytes);
     }
 
+    fn waits(&self, _up: bool, _down: bool) {}
+
     fn ended(&self, _: Option<&TcpStream>) {}
 }
 

@@ -105,7 +105,7 @@ impl Figure {
 pub const ADDED: (&str, &str) = ("added-p50-1", "http-p50-1");
 
 /// Every figure, in the order of the table.
-pub static FIGURES: [Figure; 43] = {
+pub static FIGURES: [Figure; 45] = {
     use Audience::{All, Meshes, Scale, Weft};
     use Bound::{AtLeast, AtMost};
     [
@@ -123,6 +123,8 @@ pub static FIGURES: [Figure; 43] = {
         figure("rate2000-p999", "µs", All),
         figure("connect-rate", "/s", All).by_peer(AtLeast(1.5)),
         figure("connect-rate-many", "/s", All).by_peer(AtLeast(1.5)),
+        figure("neighbour-p99-quiet", "µs", All),
+        figure("neighbour-p99-storm", "µs", All),
         figure("cpu-s-per-gb", "s", All).by_peer(AtMost(0.65)),
         figure("cpu-s-per-10k-req", "s", All).by_peer(AtMost(0.65)),
         figure("rss-idle-mb", "MB", Meshes).shall_be(AtMost(16.0)),

@@ -17,6 +17,7 @@ use nix::sys::signal::Signal;
 use super::{
     Mesh,
     figures::{self, DIRECT, WEFT},
+    neighbour,
     scene::{self, BULK, CLIENT, CROWD, ECHO, FAR, HTTP, LOCAL, NEAR, OUTSIDER, SERVER, Scene},
 };
 
@@ -49,7 +50,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    fn seconds(&self) -> (&'static str, String) {
+    /// As an option of the load tool.
+    pub fn seconds(&self) -> (&'static str, String) {
         ("--seconds", self.duration.as_secs_f64().to_string())
     }
 }
@@ -98,7 +100,7 @@ pub struct Measurement {
 }
 
 /// All, in their order: memory while the proxies are fresh, disturbances last.
-pub static MEASUREMENTS: [Measurement; 14] = [
+pub static MEASUREMENTS: [Measurement; 15] = [
     Measurement {
         title: "cold start",
         stage: Stage::Few,
@@ -162,6 +164,12 @@ pub static MEASUREMENTS: [Measurement; 14] = [
         stage: Stage::Few,
         figures: &["connect-rate"],
         take: connect_rate,
+    },
+    Measurement {
+        title: "a noisy neighbour",
+        stage: Stage::Few,
+        figures: &["neighbour-p99-quiet", "neighbour-p99-storm"],
+        take: neighbour::take,
     },
     Measurement {
         title: "same node",

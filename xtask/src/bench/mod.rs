@@ -6,6 +6,7 @@
 
 mod figures;
 mod measure;
+mod neighbour;
 mod peer;
 mod report;
 mod scale;

@@ -28,10 +28,12 @@ pub const CLIENT: &str = "client";
 pub const LOCAL: &str = "local";
 /// The server on the other node.
 pub const SERVER: &str = "server";
+/// The server of a quiet pod, on the other node.
+pub const QUIET: &str = "quiet";
 /// A pod on [`NEAR`] that no mesh has; it dials itself.
 pub const OUTSIDER: &str = "outsider";
 
-/// Workloads on [`FAR`] when it is crowded, [`SERVER`] among them.
+/// Workloads on [`FAR`] when it is crowded, [`SERVER`] and [`QUIET`] among them.
 pub const CROWD: usize = 50;
 
 /// Port of the HTTP server.
@@ -65,9 +67,9 @@ impl Scene {
     /// Not root, the load tool is not built, or a server does not start.
     pub fn build(crowded: bool) -> Result<Self> {
         let benchtool = programs::own("benchtool")?;
-        let mut far = vec![PodSpec::new(SERVER)];
+        let mut far = vec![PodSpec::new(SERVER), PodSpec::new(QUIET)];
         if crowded {
-            far.extend((1..CROWD).map(|number| PodSpec::new(&format!("crowd{number}"))));
+            far.extend((2..CROWD).map(|number| PodSpec::new(&format!("crowd{number}"))));
         }
         let spec = LabSpec::new(Families::V4)
             .node(
@@ -96,6 +98,8 @@ impl Scene {
             (LOCAL, "http-server", HTTP),
             (LOCAL, "bulk-server", BULK),
             (LOCAL, "echo-server", ECHO),
+            (QUIET, "http-server", HTTP),
+            (QUIET, "echo-server", ECHO),
             (OUTSIDER, "echo-server", ECHO),
         ] {
             let pod = lab.pod(pod)?;
@@ -182,7 +186,7 @@ fn crowd_server(lab: &Lab, benchtool: &Path) -> Result<Option<Running>> {
     let crowd: Vec<&Pod> = far
         .pods
         .iter()
-        .filter(|pod| pod.spec.name != SERVER)
+        .filter(|pod| ![SERVER, QUIET].contains(&pod.spec.name.as_str()))
         .collect();
     let Some(last) = crowd.last() else {
         return Ok(None);

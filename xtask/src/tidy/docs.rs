@@ -7,8 +7,10 @@ use super::{
     lexer::{code_of, is_word, words},
 };
 
-/// The table of promises.
-const GUARANTEES: &str = "docs/guarantees.md";
+/// The documents whose tables are promises.
+const PROMISES: [&str; 2] = ["docs/guarantees.md", "docs/limits.md"];
+/// What attackers may do; it names tests too, but not in every table.
+const THREAT_MODEL: &str = "docs/threat-model.md";
 
 /// Relative links of Markdown files whose target does not exist.
 pub fn links(root: &Path, sources: &[Source]) -> Vec<Finding> {
@@ -42,32 +44,42 @@ pub fn links(root: &Path, sources: &[Source]) -> Vec<Finding> {
 }
 
 /// Promises without a test, and tests that do not exist. A test is named as `path/of/file.rs::name_of_test`, in
-/// backquotes; every row of a table of the document names at least one.
-pub fn guarantees(sources: &[Source]) -> Vec<Finding> {
-    let Some(document) = sources.iter().find(|source| source.name() == GUARANTEES) else {
-        return Vec::new();
-    };
+/// backquotes.
+pub fn named_tests(sources: &[Source]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for document in sources {
+        match document.name().as_str() {
+            name if PROMISES.contains(&name) => findings.extend(promises(document)),
+            THREAT_MODEL => {}
+            _ => continue,
+        }
+        for (number, line) in document.text.lines().enumerate() {
+            for test in quoted_tests(line).filter(|test| !exists(sources, test)) {
+                findings.push(document.finding(number + 1, format!("{test} does not exist")));
+            }
+        }
+    }
+    findings
+}
+
+/// Rows of tables that name no test.
+fn promises(document: &Source) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut in_table = false;
     for (number, line) in document.text.lines().enumerate() {
         let is_rule = line.starts_with('|') && line.chars().all(|c| "|-: ".contains(c));
-        let tests: Vec<&str> = line
-            .split('`')
-            .skip(1)
-            .step_by(2)
-            .filter(|quoted| quoted.contains(".rs::"))
-            .collect();
-        for test in &tests {
-            if !exists(sources, test) {
-                findings.push(document.finding(number + 1, format!("{test} does not exist")));
-            }
-        }
-        if in_table && line.starts_with('|') && tests.is_empty() {
+        if in_table && line.starts_with('|') && quoted_tests(line).next().is_none() {
             findings.push(document.finding(number + 1, "a promise that names no test"));
         }
         in_table = is_rule || (in_table && line.starts_with('|'));
     }
     findings
+}
+
+/// What is between backquotes and has a path of Rust in it: names of tests, well-formed or not.
+fn quoted_tests(line: &str) -> impl Iterator<Item = &str> {
+    let quoted = line.split('`').skip(1).step_by(2);
+    quoted.filter(|quoted| quoted.contains("::"))
 }
 
 fn exists(sources: &[Source], test: &str) -> bool {
@@ -158,19 +170,23 @@ mod tests {
     #[test]
     fn promises_name_tests_that_exist() {
         let document = "| Promise | Test |\n|---|---|\n| a | `tests/tests/x.rs::holds` |\n| b | `tests/tests/x.rs::gone` |\n| c | soon |\n\nProse about `x.rs`.\n";
+        let threats = "| Boundary | Test |\n|---|---|\n| a | `tests/tests/x.rs::holds`, `x::gone` |\n| b | none |\n";
         let sources = [
-            source(GUARANTEES, document),
+            source(PROMISES[0], document),
+            source(THREAT_MODEL, threats),
+            source("docs/other.md", "`tests/tests/x.rs::gone`\n"),
             source(
                 "tests/tests/x.rs",
                 "#[test]\nfn holds() {}\n// fn gone() {}\n",
             ),
         ];
-        let found = guarantees(&sources);
+        let found = named_tests(&sources);
         assert_eq!(
             told(&found),
             [
+                "5: a promise that names no test",
                 "4: tests/tests/x.rs::gone does not exist",
-                "5: a promise that names no test"
+                "3: x::gone does not exist",
             ]
         );
     }

@@ -79,7 +79,7 @@ pub fn run(root: &Path) -> Result<()> {
     }
     findings.extend(modules::unreachable(&sources));
     findings.extend(docs::links(root, &sources));
-    findings.extend(docs::guarantees(&sources));
+    findings.extend(docs::named_tests(&sources));
     findings.sort();
     for finding in &findings {
         eprintln!("{finding}");

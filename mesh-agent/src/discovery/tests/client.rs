@@ -1,6 +1,15 @@
 //! The thin part: a real TLS stream to a scripted control plane on loopback.
 
-use std::path::PathBuf;
+use std::{
+    future::{Ready, ready},
+    io,
+    path::PathBuf,
+    task::{Context, Poll},
+};
+
+use futures::{Stream, StreamExt as _};
+use http::Uri;
+use hyper_util::rt::TokioIo;
 
 use mesh_api::proto::{
     discovery::{
@@ -13,12 +22,18 @@ use mesh_api::proto::{
 };
 use prost::Message as _;
 use prost_types::Any;
-use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, DuplexStream, duplex},
+    net::TcpListener,
+    sync::mpsc,
+    task::JoinHandle,
+};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Request, Response, Status, Streaming,
-    transport::{Identity as TlsIdentity, Server, ServerTlsConfig},
+    codegen::Service,
+    transport::{Identity as TlsIdentity, Server, ServerTlsConfig, server::Connected},
 };
 
 use super::*;
@@ -28,14 +43,14 @@ use crate::discovery::{
 };
 
 /// One stream that an agent opened, from the server's side.
-struct Session {
-    authorization: String,
-    requests: Streaming<DeltaDiscoveryRequest>,
-    responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+pub(super) struct Session {
+    pub(super) authorization: String,
+    pub(super) requests: Streaming<DeltaDiscoveryRequest>,
+    pub(super) responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
 }
 
 impl Session {
-    async fn request(&mut self) -> DeltaDiscoveryRequest {
+    pub(super) async fn request(&mut self) -> DeltaDiscoveryRequest {
         self.requests
             .message()
             .await
@@ -43,7 +58,11 @@ impl Session {
             .expect("a request")
     }
 
-    async fn send(&mut self, kind: Kind, resources: Vec<Resource>) -> DeltaDiscoveryRequest {
+    pub(super) async fn send(
+        &mut self,
+        kind: Kind,
+        resources: Vec<Resource>,
+    ) -> DeltaDiscoveryRequest {
         let type_url = kind.type_url().to_owned();
         let response = DeltaDiscoveryResponse {
             type_url,
@@ -88,30 +107,76 @@ impl AggregatedDiscoveryService for Scripted {
     }
 }
 
-struct Lab {
-    directory: tempfile::TempDir,
-    address: String,
-    sessions: mpsc::Receiver<Session>,
-    server: JoinHandle<()>,
+/// Connections in memory: each call makes one, and hands its far end over.
+#[derive(Debug, Clone)]
+pub(in crate::discovery) struct Pipes(pub(super) mpsc::Sender<DuplexStream>);
+
+/// Bytes on their way.
+pub(super) const PIPE_BYTES: usize = 64 * 1024;
+
+impl Service<Uri> for Pipes {
+    type Response = TokioIo<DuplexStream>;
+    type Error = io::Error;
+    type Future = Ready<io::Result<Self::Response>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Uri) -> Self::Future {
+        let (near, far) = duplex(PIPE_BYTES);
+        let handed = self.0.try_send(far);
+        ready(
+            handed
+                .map(|()| TokioIo::new(near))
+                .map_err(io::Error::other),
+        )
+    }
+}
+
+pub(super) struct Lab {
+    pub(super) directory: tempfile::TempDir,
+    pub(super) address: String,
+    pub(super) sessions: mpsc::Receiver<Session>,
+    pub(super) server: JoinHandle<()>,
 }
 
 impl Lab {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound").to_string();
+        Self::serving(TcpListenerStream::new(listener), address)
+    }
+
+    /// A control plane that serves what the pipes bring: nothing but tasks of this runtime is waited for, so that time
+    /// may be paused.
+    pub(super) fn in_memory() -> (Self, Pipes) {
+        let (pipes, incoming) = mpsc::channel(16);
+        let incoming = ReceiverStream::new(incoming).map(Ok::<_, io::Error>);
+        let lab = Self::serving(incoming, "127.0.0.1:1".to_owned());
+        (lab, Pipes(pipes))
+    }
+
+    fn serving<T>(
+        incoming: impl Stream<Item = io::Result<T>> + Send + 'static,
+        address: String,
+    ) -> Self
+    where
+        T: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    {
         let directory = tempfile::tempdir().expect("a directory");
         let certified = rcgen::generate_simple_self_signed(vec!["control.test".to_owned()])
             .expect("a certificate");
         let (certificate, key) = (certified.cert.pem(), certified.signing_key.serialize_pem());
         std::fs::write(directory.path().join("roots.pem"), &certificate).expect("writable");
         std::fs::write(directory.path().join("token"), "first\n").expect("writable");
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let address = listener.local_addr().expect("bound").to_string();
         let (sender, sessions) = mpsc::channel(4);
         let tls = ServerTlsConfig::new().identity(TlsIdentity::from_pem(certificate, key));
         let server = Server::builder()
             .tls_config(tls)
             .expect("good TLS settings")
             .add_service(AggregatedDiscoveryServiceServer::new(Scripted(sender)))
-            .serve_with_incoming(TcpListenerStream::new(listener));
+            .serve_with_incoming(incoming);
         let server = tokio::spawn(async move { server.await.expect("served") });
         Self {
             directory,
@@ -121,11 +186,11 @@ impl Lab {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    fn config(&self) -> DiscoveryConfig {
+    pub(super) fn config(&self) -> DiscoveryConfig {
         DiscoveryConfig {
             address: self.address.clone(),
             roots_file: self.path("roots.pem"),
@@ -140,14 +205,27 @@ impl Lab {
     }
 
     /// Starts an agent, or the successor of one.
-    fn agent(&self) -> Agent {
+    pub(super) fn agent(&self) -> Agent {
         Self::agent_with(self.config())
     }
 
-    fn agent_with(config: DiscoveryConfig) -> Agent {
+    pub(super) fn agent_with(config: DiscoveryConfig) -> Agent {
+        Self::agent_of(config, |client| client)
+    }
+
+    /// An agent that connects through these pipes.
+    pub(super) fn agent_through(&self, pipes: &Pipes) -> Agent {
+        Self::agent_of(self.config(), |client| client.through(pipes.clone()))
+    }
+
+    fn agent_of(
+        config: DiscoveryConfig,
+        change: impl FnOnce(DiscoveryClient) -> DiscoveryClient,
+    ) -> Agent {
         let (writer, mesh) = Mesh::channel("");
         let (client, status) =
             DiscoveryClient::new(config, writer, 1).expect("a good configuration");
+        let client = change(client);
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(client.run(shutdown.clone()));
         Agent {
@@ -158,7 +236,7 @@ impl Lab {
         }
     }
 
-    async fn session(&mut self) -> Session {
+    pub(super) async fn session(&mut self) -> Session {
         self.sessions.recv().await.expect("the agent connects")
     }
 }
@@ -169,15 +247,18 @@ impl Drop for Lab {
     }
 }
 
-struct Agent {
-    mesh: Mesh,
-    status: tokio::sync::watch::Receiver<DiscoveryStatus>,
-    shutdown: CancellationToken,
-    task: JoinHandle<()>,
+pub(super) struct Agent {
+    pub(super) mesh: Mesh,
+    pub(super) status: tokio::sync::watch::Receiver<DiscoveryStatus>,
+    pub(super) shutdown: CancellationToken,
+    pub(super) task: JoinHandle<()>,
 }
 
 impl Agent {
-    async fn until(&mut self, what: impl Fn(&DiscoveryStatus) -> bool) -> DiscoveryStatus {
+    pub(super) async fn until(
+        &mut self,
+        what: impl Fn(&DiscoveryStatus) -> bool,
+    ) -> DiscoveryStatus {
         self.status
             .wait_for(|status| what(status))
             .await
@@ -185,20 +266,20 @@ impl Agent {
             .clone()
     }
 
-    fn knows(&self, address: &str) -> bool {
+    pub(super) fn knows(&self, address: &str) -> bool {
         self.mesh
             .read()
             .workload_by_address(address.parse().expect("an address"))
             .is_some()
     }
 
-    async fn stop(self) {
+    pub(super) async fn stop(self) {
         self.shutdown.cancel();
         self.task.await.expect("no panic");
     }
 }
 
-fn workload(name: &str, address: &str) -> Resource {
+pub(super) fn workload(name: &str, address: &str) -> Resource {
     let pod = pod(name, address);
     let uid = pod.uid.clone();
     let value = wire::Address {

@@ -3,6 +3,7 @@
 mod client;
 mod convert;
 mod index;
+mod outages;
 mod routing;
 mod snapshot;
 mod subscription;
@@ -13,6 +14,8 @@ use std::{
 };
 
 use mesh_api::proto::{security, workload as wire};
+
+pub(super) use client::Pipes;
 
 use super::{MeshState, Update, model::Workload};
 

@@ -1,10 +1,15 @@
 //! The whole of it with a scripted authority and paused time.
 
+use std::sync::atomic::Ordering;
+
 use futures::future::BoxFuture;
 use rand::SeedableRng;
 
 use super::*;
-use crate::identity::testing::{NOW, TestCa, identity};
+use crate::identity::testing::{NOW, TestCa, certify, handshake, identity};
+
+/// The control plane's `BACKDATE`, seconds.
+const BACKDATE_S: i64 = 300;
 
 /// Both clocks follow tokio's paused time; the wall clock can be set.
 #[derive(Debug)]
@@ -28,8 +33,18 @@ impl Clock for PausedClock {
     }
 
     fn unix(&self) -> i64 {
-        let step = self.step.load(std::sync::atomic::Ordering::Relaxed);
-        NOW + step + i64::try_from(self.start.elapsed().as_secs()).expect("small")
+        self.right() + self.step.load(Ordering::Relaxed)
+    }
+}
+
+impl PausedClock {
+    /// What the clocks of everybody else show.
+    fn right(&self) -> i64 {
+        NOW + i64::try_from(self.start.elapsed().as_secs()).expect("small")
+    }
+
+    fn set_wrong_by(&self, seconds: i64) {
+        self.step.store(seconds, Ordering::Relaxed);
     }
 }
 
@@ -43,6 +58,8 @@ struct Script {
 #[derive(Clone)]
 enum Behaviour {
     Sign(Arc<TestCa>, i64),
+    /// By a clock that is right, backdated.
+    SignRight(Arc<TestCa>, i64),
     Fail(CertificateError),
     Panic,
     Hang,
@@ -74,6 +91,10 @@ impl Authority for Script {
             match behaviour {
                 Behaviour::Sign(ca, life) => {
                     Ok(ca.sign(&request, self.clock.unix() - 60, self.clock.unix() + life))
+                }
+                Behaviour::SignRight(ca, life) => {
+                    let right = self.clock.right();
+                    Ok(ca.sign(&request, right - BACKDATE_S, right + life))
                 }
                 Behaviour::Fail(error) => Err(error),
                 Behaviour::Panic => panic!("scripted"),
@@ -318,28 +339,124 @@ async fn an_identity_of_a_foreign_trust_domain_is_never_asked_for() {
     assert_eq!(node.script.asked(), 0);
 }
 
+/// Whether the node and a peer whose clock is right believe each other, in both directions.
+fn believed_both_ways(node: &Node, ca: &TestCa) -> bool {
+    let (right, peer) = (node.clock.right(), identity("peer"));
+    let material = ca.material(
+        &[&peer.to_string()],
+        right - BACKDATE_S,
+        right - BACKDATE_S + 3600,
+    );
+    let peer = certify(&material, right);
+    let Some(own) = node.certificates.current(&identity("web")) else {
+        return false;
+    };
+    [(&*own, &peer), (&peer, &*own)]
+        .into_iter()
+        .all(|(client, server)| {
+            let expected = Arc::from([server.identity.clone()]);
+            let ended = handshake(client.client(expected), server.server.clone());
+            ended.client.is_ok() && ended.server.is_ok()
+        })
+}
+
 #[tokio::test(start_paused = true)]
-async fn a_wall_clock_two_days_ahead_refuses_without_a_loop() {
-    let (node, ca) = signing(3600);
-    node.certificates
-        .get(&identity("web"))
-        .await
-        .expect("a certificate");
-    // The authority goes on in its own time: what it signs has ended here.
-    node.clock
-        .step
-        .store(48 * 3600, std::sync::atomic::Ordering::Relaxed);
-    node.script.set(Behaviour::Sign(ca, 3600 - 48 * 3600));
-    let before = node.script.asked();
-    pass(60).await;
-    assert!(node.certificates.current(&identity("web")).is_none());
-    let asked = node.script.asked() - before;
-    assert!((1..=60).contains(&asked), "{asked} requests in 60 s");
-    let error = node.certificates.status()[0]
-        .last_error
-        .clone()
-        .expect("named");
-    assert!(error.contains("check both clocks"), "{error}");
+async fn clocks_five_minutes_off_are_not_noticed() {
+    for wrong_by in [BACKDATE_S, -BACKDATE_S] {
+        let ca = Arc::new(TestCa::new("mesh"));
+        let node = node(Behaviour::SignRight(ca.clone(), 3600));
+        node.clock.set_wrong_by(wrong_by);
+        node.certificates.retain(&[identity("web")]);
+        pass(2).await;
+        for second in (0..3 * 3600).step_by(60) {
+            assert!(
+                believed_both_ways(&node, &ca),
+                "{wrong_by} s off, refused after {second} s: {:?}",
+                node.certificates.status()
+            );
+            pass(60).await;
+        }
+        let asked = node.script.asked();
+        assert!((6..=9).contains(&asked), "{asked} requests in three hours");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_jumps_refuses_without_a_loop_and_works_again_when_set_right() {
+    for wrong_by in [48 * 3600, -3600] {
+        let ca = Arc::new(TestCa::new("mesh"));
+        let node = node(Behaviour::SignRight(ca.clone(), 6 * 3600));
+        node.certificates
+            .get(&identity("web"))
+            .await
+            .expect("a certificate");
+        node.clock.set_wrong_by(wrong_by);
+        let before = node.script.asked();
+        pass(600).await;
+        assert!(!believed_both_ways(&node, &ca), "{wrong_by} s off");
+        let asked = node.script.asked() - before;
+        assert!(
+            (1..=20).contains(&asked),
+            "{wrong_by} s off: {asked} requests in 600 s"
+        );
+        let error = node.certificates.status()[0]
+            .last_error
+            .clone()
+            .expect("named");
+        assert!(error.contains("check both clocks"), "{error}");
+        assert_eq!(
+            error.matches("+00:00").count(),
+            2,
+            "both times are told: {error}"
+        );
+        node.clock.set_wrong_by(0);
+        assert!(believed_both_ways(&node, &ca), "what was valid is valid");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_jump_that_the_authority_makes_too_is_answered_by_one_renewal() {
+    for jump in [48 * 3600, -3600] {
+        let (node, _ca) = signing(3600);
+        node.certificates
+            .get(&identity("web"))
+            .await
+            .expect("a certificate");
+        node.clock.set_wrong_by(jump);
+        pass(15).await;
+        let now = node.clock.unix();
+        let renewed = node
+            .certificates
+            .current(&identity("web"))
+            .expect("renewed");
+        assert!((now - 75..=now).contains(&renewed.not_before), "{jump} s");
+        pass(600).await;
+        assert_eq!(node.script.asked(), 2, "{jump} s");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_control_plane_signs_is_accepted_by_clocks_that_are_five_minutes_off() {
+    use mesh_control::ca::{Authority, SigningRequest};
+    let right = NOW.unsigned_abs();
+    let at = SystemTime::UNIX_EPOCH + Duration::from_secs(right);
+    let hour = Duration::from_secs(3600);
+    let authority = Authority::ephemeral("cluster.local", hour, at).expect("made");
+    let (key, web) = (NodeKey::generate().expect("a key"), identity("web"));
+    let request = key.certificate_request(&web).expect("a request");
+    let request = SigningRequest::from_pem(&request).expect("accepted");
+    let signed = authority.sign(&request, &web, None, at).expect("signed");
+    let judge = |wrong_by: i64| {
+        let accepted = accept(&signed.chain, &key, &web, NOW + wrong_by);
+        accepted.map(|_| ()).map_err(|error| error.to_string())
+    };
+    for wrong_by in [0, BACKDATE_S, -BACKDATE_S] {
+        assert_eq!(judge(wrong_by), Ok(()), "{wrong_by} s");
+    }
+    for (wrong_by, what) in [(48 * 3600, "ends at"), (-3600, "begins at")] {
+        let error = judge(wrong_by).expect_err("refused");
+        assert!(error.contains(what) && error.contains("here"), "{error}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

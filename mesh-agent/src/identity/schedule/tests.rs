@@ -148,6 +148,49 @@ fn authority_down_from_half_life_to_ninety_percent() {
     );
 }
 
+/// Every request while the authority is away hangs for as long as one call may take, and then fails.
+#[test]
+fn an_authority_that_hangs_is_asked_again_within_thirty_seconds_of_its_return() {
+    const CALL: Duration = crate::identity::ca_client::CALL_TIMEOUT;
+    const TICK: Duration = Duration::from_millis(100);
+    for returns in (300..340).map(Duration::from_secs) {
+        let mut world = World::with(&["web", "db", "cache"]);
+        let mut hanging: Vec<(Duration, Identity)> = Vec::new();
+        let limit = returns + Duration::from_secs(30);
+        while world.now.monotonic < limit {
+            let (now, back) = (world.now, world.now.monotonic >= returns);
+            hanging.extend(
+                world
+                    .schedule
+                    .start(now)
+                    .into_iter()
+                    .filter_map(|who| match back {
+                        true => {
+                            let granted = grant_hour(now).expect("it is back");
+                            world.schedule.succeeded(&who, granted, now);
+                            None
+                        }
+                        false => Some((now.monotonic + CALL, who)),
+                    })
+                    .collect::<Vec<_>>(),
+            );
+            hanging.retain(|(until, who)| {
+                let over = *until <= now.monotonic;
+                if over {
+                    world.schedule.failed(who, outage(), now);
+                }
+                !over
+            });
+            world.pass(TICK);
+        }
+        let rows = world.schedule.rows(world.now);
+        assert!(
+            rows.iter().all(|row| row.validity.is_some()),
+            "back after {returns:?}: {rows:?}"
+        );
+    }
+}
+
 #[test]
 fn backoff_doubles_from_half_a_second_to_its_limit() {
     let mut world = World::with(&["web"]);

@@ -1,66 +1,15 @@
 //! Handshakes in memory.
 
 use rustls::{
-    AlertDescription, ClientConnection, ConnectionCommon, NamedGroup, ServerConnection, SideData,
-    pki_types::CertificateDer,
+    AlertDescription, ClientConnection, NamedGroup, ServerConnection, pki_types::CertificateDer,
 };
 
 use super::*;
 use crate::identity::{
     Certified,
     response::Material,
-    testing::{FixedTime, NOW, TestCa, certify, identity},
+    testing::{Ended, FixedTime, NOW, TestCa, certify, handshake, identity},
 };
-
-/// How a handshake ended on each side.
-struct Ended {
-    client: Result<Identity, PeerRejection>,
-    server: Result<Identity, PeerRejection>,
-    group: Option<NamedGroup>,
-    suite: Option<rustls::CipherSuite>,
-}
-
-fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Ended {
-    let mut client = ClientConnection::new(client, dummy_server_name()).expect("a client");
-    let mut server = ServerConnection::new(server).expect("a server");
-    let mut failed = (None, None);
-    // Four flights are enough for TLS 1.3; more only carry alerts.
-    for _ in 0..6 {
-        let mut wire = Vec::new();
-        while client.wants_write() {
-            client.write_tls(&mut wire).expect("memory");
-        }
-        failed.1 = failed.1.or(receive(&mut server, &wire));
-        let mut wire = Vec::new();
-        while server.wants_write() {
-            server.write_tls(&mut wire).expect("memory");
-        }
-        failed.0 = failed.0.or(receive(&mut client, &wire));
-    }
-    let judge = |error: Option<rustls::Error>, connection: &CommonState| match error {
-        Some(error) => Err(PeerRejection::from(error)),
-        None => peer(connection),
-    };
-    Ended {
-        client: judge(failed.0, &client),
-        server: judge(failed.1, &server),
-        group: client
-            .negotiated_key_exchange_group()
-            .map(|group| group.name()),
-        suite: client.negotiated_cipher_suite().map(|suite| suite.suite()),
-    }
-}
-
-/// Gives `wire` to one side and returns what it finds wrong.
-fn receive<S: SideData>(side: &mut ConnectionCommon<S>, mut wire: &[u8]) -> Option<rustls::Error> {
-    while !wire.is_empty() {
-        side.read_tls(&mut wire).expect("memory");
-        if let Err(error) = side.process_new_packets() {
-            return Some(error);
-        }
-    }
-    None
-}
 
 fn only(account: &str) -> Arc<[Identity]> {
     Arc::from([identity(account)])

@@ -1,4 +1,4 @@
-use std::{path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use super::*;
 use crate::sys::netns::Netns;
@@ -12,7 +12,7 @@ fn local() -> LocalWorkload {
             .map(|text| text.parse().expect("literal"))
             .to_vec(),
         workload: Default::default(),
-        connections: Default::default(),
+        holds: Default::default(),
     }
 }
 

@@ -156,6 +156,48 @@ async fn a_failed_set_up_is_told_to_all_who_wait_and_the_next_call_tries_again()
         .await;
 }
 
+/// Connects that ask for one key at once.
+const STORM: usize = 1000;
+
+async fn storm(connector: &FakeConnector) -> Vec<Result<Lease<FakeConnector>, TunnelError>> {
+    let mut limits = Limits::default();
+    limits.tunnel.client_streams = STORM;
+    limits.tunnel.spread = 1;
+    let pool = Pool::new(connector.clone(), &limits.tunnel, &limits.time);
+    let key = key("web", "cart");
+    let callers: Vec<_> = (0..STORM)
+        .map(|_| {
+            let (pool, key) = (pool.clone(), key.clone());
+            tokio::task::spawn_local(async move { pool.lease(&key, &0).await })
+        })
+        .collect();
+    tokio::task::yield_now().await;
+    // A second dial would wait for a permit for ever.
+    connector.permits.add_permits(1);
+    let outcomes = futures::future::join_all(callers).await;
+    outcomes
+        .into_iter()
+        .map(|outcome| outcome.expect("no panic"))
+        .collect()
+}
+
+#[tokio::test]
+async fn a_storm_of_connects_to_one_key_is_one_dial() {
+    let connector = FakeConnector::with_permits(0);
+    let outcomes = LocalSet::new().run_until(storm(&connector)).await;
+    assert!(outcomes.iter().all(Result::is_ok));
+    assert_eq!(connector.made.borrow().len(), 1);
+}
+
+#[tokio::test]
+async fn a_dial_that_fails_is_told_to_the_whole_storm_and_not_repeated_for_each() {
+    let connector = FakeConnector::with_permits(0);
+    connector.failing.set(true);
+    let outcomes = LocalSet::new().run_until(storm(&connector)).await;
+    let failed = |outcome: &Result<_, _>| matches!(outcome, Err(TunnelError::TimedOut("answer")));
+    assert_eq!(outcomes.iter().filter(|one| failed(one)).count(), STORM);
+}
+
 #[tokio::test]
 async fn identities_never_share_a_tunnel() {
     let connector = FakeConnector::ready();

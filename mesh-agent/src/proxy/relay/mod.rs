@@ -23,7 +23,7 @@ use tokio::{
     time::{Sleep, sleep, timeout},
 };
 
-use super::registry::CloseSignal;
+use super::{fair, registry::CloseSignal};
 use crate::{
     sys::socket::{set_finish_on_close, set_reset_on_close, unacknowledged_bytes},
     telemetry::CloseReason,
@@ -38,6 +38,8 @@ pub use tunnel::relay_tunnel;
 /// Reads, or writes, of one direction before the other has its turn and other connections have theirs: with large
 /// buffers 2 MiB.
 const TURN: usize = 8;
+/// The same while other workloads are active: a message still goes through in one.
+const SHARED_TURN: usize = 2;
 
 /// How long bytes before a FIN may take to be acknowledged, and bytes before a reset to be taken, before the reset
 /// follows: more than delayed acknowledgements (40 ms) and a few round trips.
@@ -51,6 +53,9 @@ pub trait Meter {
     fn near_to_far(&self, bytes: usize);
     /// From the other side to the application.
     fn far_to_near(&self, bytes: usize);
+    /// Says whether what the application sent waits for the other side (`up`), and the other way round (`down`). Called
+    /// when that changes.
+    fn waits(&self, up: bool, down: bool);
     /// No more will be; `far` is the other side where that is a socket, open still for measurements.
     fn ended(&self, far: Option<&TcpStream>);
 }
@@ -108,6 +113,8 @@ trait Directions {
     fn up_waits(&self) -> bool;
     /// What the other side sent waits for the application, so nothing more is read from the other side.
     fn down_waits(&self) -> bool;
+    /// Tells the meter which directions wait.
+    fn note_waits(&self, up: bool, down: bool);
     /// From now on only what the application had sent already is passed on.
     fn near_is_gone(&mut self);
     /// Bytes passed on since the beginning; only its changes matter.
@@ -120,6 +127,8 @@ struct Drive<D> {
     up: Flow,
     down: Flow,
     down_first: bool,
+    /// Which directions waited when last told.
+    waited: (bool, bool),
 }
 
 impl<D: Directions> Drive<D> {
@@ -129,6 +138,7 @@ impl<D: Directions> Drive<D> {
             up: Flow::Open,
             down: Flow::Open,
             down_first: false,
+            waited: (false, false),
         }
     }
 
@@ -142,6 +152,11 @@ impl<D: Directions> Drive<D> {
         } else {
             self.poll_up(cx);
             self.poll_down(cx);
+        }
+        let waits = (self.directions.up_waits(), self.directions.down_waits());
+        if waits != self.waited {
+            self.waited = waits;
+            self.directions.note_waits(waits.0, waits.1);
         }
         let end = match (self.up, self.down) {
             (Flow::Finished, Flow::Finished) => Some(End::Finished),
@@ -411,6 +426,11 @@ fn would_block(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
     )
+}
+
+/// How often a direction may read, or write, before others have their turn.
+fn turn() -> usize {
+    if fair::is_shared() { SHARED_TURN } else { TURN }
 }
 
 /// Lets other tasks run before this direction goes on.

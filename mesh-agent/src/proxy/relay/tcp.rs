@@ -10,8 +10,8 @@ use std::{
 use tokio::net::TcpStream;
 
 use super::{
-    Directions, Drive, End, Fault, Flow, Meter, TURN, close as close_socket, drive, finish, guard,
-    read, reset, reset_after_fin, turn_over, would_block,
+    Directions, Drive, End, Fault, Flow, Meter, close as close_socket, drive, finish, guard, read,
+    reset, reset_after_fin, turn, turn_over, would_block,
 };
 use crate::proxy::{
     buffers::{Buffer, Size},
@@ -66,7 +66,7 @@ impl Pipe {
         mut passed: impl FnMut(usize),
     ) -> Poll<Result<(), PipeError>> {
         // What a socket that is gone still holds is bounded by its receive buffer.
-        let turn = if last { usize::MAX } else { TURN };
+        let turn = if last { usize::MAX } else { turn() };
         for _ in 0..turn {
             if let Some(held) = &self.held {
                 self.waits = true;
@@ -213,6 +213,10 @@ impl<M: Meter> Directions for TcpDirections<'_, M> {
 
     fn down_waits(&self) -> bool {
         self.down.waits
+    }
+
+    fn note_waits(&self, up: bool, down: bool) {
+        self.meter.waits(up, down);
     }
 
     fn near_is_gone(&mut self) {

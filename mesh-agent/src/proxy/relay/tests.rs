@@ -45,6 +45,8 @@ struct Counted {
     down: Cell<usize>,
     /// Address of the socket to the other side, asked for when all was over.
     far: Cell<Option<SocketAddr>>,
+    /// Which directions wait.
+    waits: Cell<(bool, bool)>,
 }
 
 impl Meter for Counted {
@@ -54,6 +56,10 @@ impl Meter for Counted {
 
     fn far_to_near(&self, bytes: usize) {
         self.down.set(self.down.get() + bytes);
+    }
+
+    fn waits(&self, up: bool, down: bool) {
+        self.waits.set((up, down));
     }
 
     fn ended(&self, far: Option<&TcpStream>) {
@@ -687,3 +693,5 @@ async fn an_idle_connection_is_small() {
     assert!(tunnel <= 1024, "relay_tunnel takes {tunnel} bytes");
     assert!(tcp <= 1024, "relay_tcp takes {tcp} bytes");
 }
+
+mod waits;

@@ -13,8 +13,8 @@ use bytes::{Buf, Bytes};
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
-    Directions, Drive, End, Fault, Flow, Meter, TURN, close as close_socket, drive, finish, guard,
-    read_vectored, reset, reset_after_fin, turn_over, would_block,
+    Directions, Drive, End, Fault, Flow, Meter, close as close_socket, drive, finish, guard,
+    read_vectored, reset, reset_after_fin, turn, turn_over, would_block,
 };
 use crate::proxy::{
     buffers::Size,
@@ -126,7 +126,7 @@ pub async fn relay_tunnel<M: Meter + 'static>(
 impl<M: Meter> Directions for TunnelDirections<'_, M> {
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         // What a socket that is gone still holds is bounded by its receive buffer.
-        let turn = if self.near_gone { usize::MAX } else { TURN };
+        let turn = if self.near_gone { usize::MAX } else { turn() };
         for _ in 0..turn {
             if !self.near_gone {
                 match self.near.socket.poll_read_ready(cx) {
@@ -169,7 +169,7 @@ impl<M: Meter> Directions for TunnelDirections<'_, M> {
     }
 
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
-        for _ in 0..TURN {
+        for _ in 0..turn() {
             if self.receive.sink_failed() {
                 return Poll::Ready(Err(Fault::Near));
             }
@@ -212,6 +212,10 @@ impl<M: Meter> Directions for TunnelDirections<'_, M> {
 
     fn down_waits(&self) -> bool {
         !self.chunk.is_empty()
+    }
+
+    fn note_waits(&self, up: bool, down: bool) {
+        self.near.meter.waits(up, down);
     }
 
     fn near_is_gone(&mut self) {

@@ -29,6 +29,7 @@ use super::{
 use crate::{
     proxy::{
         buffers::{Buffer, Size},
+        fair,
         limits::{
             CLIENT_HEADER_LIST_BYTES, Limits, MAX_FRAME_BYTES, MAX_LOCAL_ERROR_RESETS,
             MAX_LOCAL_RESET_STREAMS, MAX_PENDING_RESET_STREAMS, SERVER_HEADER_LIST_BYTES,
@@ -76,7 +77,7 @@ impl Client {
             limits.time.ping_timeout,
         );
         let guard = Closes(open.clone());
-        tokio::task::spawn_local(async move {
+        fair::spawn_local(async move {
             let _guard = guard;
             // Boxed: a tunnel's state is large, and tasks are moved when they are spawned.
             let mut keepalive = Box::pin(keepalive);
@@ -252,6 +253,10 @@ impl Responder {
         if let Err(error) = self.respond.send_response(response, true) {
             tracing::debug!(%error, "request was gone before its refusal");
         }
+    }
+
+    pub(super) fn turn_away(mut self) {
+        self.respond.send_reset(Reason::REFUSED_STREAM);
     }
 
     pub(super) fn accept(mut self, headers: HeaderMap) -> Result<TunnelStream, StreamError> {

@@ -20,6 +20,7 @@ use tokio::{
 };
 
 use super::{buffers::Size, limits::Limits};
+use crate::telemetry::TunnelFailure;
 
 pub mod h2;
 pub mod headers;
@@ -68,8 +69,8 @@ pub enum TunnelError {
     /// The peer answered CONNECT with something else than 200.
     #[error("the peer answered {0}")]
     Refused(StatusCode),
-    /// A limit of this node: tunnels to one peer.
-    #[error("too many tunnels to this peer")]
+    /// A limit of this node on tunnels; `weft_limit_reached_total` says which.
+    #[error("no room for another tunnel")]
     Limit,
 }
 
@@ -87,6 +88,21 @@ impl TunnelError {
             | Self::NotTaken => true,
             Self::Refused(status) => status.is_server_error(),
             Self::NoCertificate(_) | Self::Limit => false,
+        }
+    }
+
+    /// What is counted for a tunnel that did not come about.
+    #[must_use]
+    pub fn failure(&self) -> TunnelFailure {
+        match self {
+            Self::Dial(_) => TunnelFailure::Dial,
+            Self::TimedOut(_) => TunnelFailure::TimedOut,
+            Self::Tls(_) => TunnelFailure::Tls,
+            Self::NoCertificate(_) => TunnelFailure::NoCertificate,
+            Self::Protocol(_) | Self::Abuse(_) | Self::NotTaken | Self::Refused(_) => {
+                TunnelFailure::Http2
+            }
+            Self::Limit => TunnelFailure::Limit,
         }
     }
 }
@@ -108,6 +124,9 @@ pub struct ConnectRequest {
     /// Everything else.
     pub headers: HeaderMap,
 }
+
+/// Says which window the streams of a tunnel shall have, in bytes; asked whenever the tunnel is at work.
+pub type StreamWindow = Rc<dyn Fn() -> u32>;
 
 /// The client end of a tunnel. Cheap to clone; the tunnel closes when the last clone and the last stream are gone.
 #[derive(Debug, Clone)]
@@ -171,6 +190,15 @@ impl TunnelClient {
         match self {
             Self::Native(client) => client.open(request).await,
             Self::H2(client) => client.open(request).await,
+        }
+    }
+
+    /// From now on grants streams the window that `window` says, open streams included.
+    pub fn follow_window(&self, window: StreamWindow) {
+        match self {
+            Self::Native(client) => client.follow_window(window),
+            // The crate loses credit that is not yet due when a window shrinks, and such a stream stands still for ever.
+            Self::H2(_) => {}
         }
     }
 
@@ -240,6 +268,15 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TunnelServer<T> {
         }
     }
 
+    /// From now on grants streams the window that `window` says, open streams included.
+    pub fn follow_window(&mut self, window: StreamWindow) {
+        match self {
+            Self::Native(server) => server.follow_window(window),
+            // As above.
+            Self::H2(_) => {}
+        }
+    }
+
     /// Asks the client to open no more streams (GOAWAY); those that are open go on.
     pub fn shut_down(&mut self) {
         match self {
@@ -283,6 +320,15 @@ impl Incoming {
         match self.respond {
             Responder::Native(respond) => respond.refuse(status),
             Responder::H2(respond) => respond.refuse(status),
+        }
+    }
+
+    /// Resets the stream as one that was not looked at (REFUSED_STREAM, RFC 9113 section 8.7): the client may try it on
+    /// another tunnel or elsewhere.
+    pub fn turn_away(self) {
+        match self.respond {
+            Responder::Native(respond) => respond.turn_away(),
+            Responder::H2(respond) => respond.turn_away(),
         }
     }
 

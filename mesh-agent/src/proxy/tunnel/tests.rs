@@ -557,3 +557,5 @@ fn a_stream_is_small() {
     assert!(size_of::<TunnelStream>() <= 256);
     assert!(size_of::<TunnelClient>() <= 128);
 }
+
+mod windows;

@@ -14,6 +14,10 @@ pub const MAX_MAX_FRAME: u32 = 16_777_215;
 pub const DEFAULT_WINDOW: u32 = 65_535;
 /// Largest window (section 6.9.1).
 pub const MAX_WINDOW: i64 = 0x7fff_ffff;
+/// The last number that a stream can have (RFC 9113 section 5.1.1).
+pub const MAX_STREAM: u32 = 0x7fff_ffff;
+/// What a PING carries whose answer means that the peer has seen our first GOAWAY.
+pub const LEAVING: [u8; 8] = *b"leaving!";
 
 /// Frame types.
 pub mod kind {

@@ -21,11 +21,11 @@ use http::{HeaderMap, StatusCode};
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::{
-    ConnectRequest, DirectSink, Incoming, StreamError, TunnelError, TunnelReceive, TunnelSend,
-    TunnelStream,
+    ConnectRequest, DirectSink, Incoming, StreamError, StreamWindow, TunnelError, TunnelReceive,
+    TunnelSend, TunnelStream,
 };
 use crate::{
-    proxy::{buffers::Size, limits::Limits},
+    proxy::{buffers::Size, fair, limits::Limits},
     sys::socket::{TcpStatistics, tcp_statistics, unanswered_for},
 };
 
@@ -83,7 +83,7 @@ impl Client {
         let link = Link::new(Role::Client, session);
         let guard = Closes(link.clone());
         let mut keepalive = Keepalive::new(limits);
-        tokio::task::spawn_local(async move {
+        fair::spawn_local(async move {
             let ended = poll_fn(|cx| poll_link(&guard.0, &mut keepalive, cx)).await;
             if let Err(error) = ended {
                 tracing::debug!(%error, "tunnel ended");
@@ -103,6 +103,10 @@ impl Client {
     pub(super) fn peer_streams(&self) -> usize {
         self.link
             .with(|core| core.peer_streams().unwrap_or(self.assumed))
+    }
+
+    pub(super) fn follow_window(&self, window: StreamWindow) {
+        self.link.with(|core| core.follow_window(window));
     }
 
     pub(super) fn unanswered_for(&self) -> Duration {
@@ -279,6 +283,10 @@ impl Server {
         Poll::Ready(Some(Ok(Incoming::native(*request, responder))))
     }
 
+    pub(super) fn follow_window(&mut self, window: StreamWindow) {
+        self.link.0.with(|core| core.follow_window(window));
+    }
+
     pub(super) fn shut_down(&mut self) {
         self.link.0.with(link::Core::leave);
     }
@@ -324,6 +332,11 @@ impl Responder {
         let headers = HeaderMap::new();
         self.0
             .with(|core, stream| core.respond(stream, status, &headers, true));
+    }
+
+    pub(super) fn turn_away(self) {
+        self.0
+            .with(|core, stream| core.reset_with(stream, Code::REFUSED_STREAM));
     }
 
     pub(super) fn accept(self, headers: &HeaderMap) -> Result<TunnelStream, StreamError> {

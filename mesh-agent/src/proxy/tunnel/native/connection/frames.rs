@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{
     super::{
-        frame::{self, Head, flag, kind, put, read_u32},
+        frame::{self, Head, LEAVING, flag, kind, put, read_u32},
         hpack::DecodeError,
     },
     Code, Connection, ConnectionError, Event, MAX_EMPTY_FRAMES_PER_SECOND, MAX_LOCAL_ERROR_RESETS,
@@ -268,6 +268,7 @@ impl<X: Default> Connection<X> {
         self.count_empty(now)?;
         if head.has(flag::ACK) {
             self.decoder.allow(0);
+            self.settings_acknowledged();
             return Ok(None);
         }
         for pair in payload.chunks_exact(6) {
@@ -328,6 +329,9 @@ impl<X: Default> Connection<X> {
     ) -> Result<Option<Event<'static>>, ConnectionError> {
         self.count_empty(now)?;
         if head.has(flag::ACK) {
+            if self.announced && payload == LEAVING {
+                self.take_no_more();
+            }
             return Ok(Some(Event::Pong));
         }
         self.answer(|out| put(out, kind::PING, flag::ACK, 0, payload))?;

@@ -5,12 +5,11 @@ use http::{HeaderMap, StatusCode};
 use super::{
     super::{
         super::ConnectRequest,
-        frame::{self, Code, MAX_WINDOW, flag, kind},
+        frame::{self, Code, LEAVING, MAX_STREAM, MAX_WINDOW, flag, kind, setting},
         hpack,
     },
     Connection, Role, Stream,
 };
-use crate::proxy::limits::STREAM_WINDOW_BYTES;
 
 impl<X> Connection<X> {
     /// Opens a stream by a CONNECT request. `None` when the connection takes none any more: GOAWAY, or all numbers
@@ -37,7 +36,7 @@ impl<X> Connection<X> {
     pub(super) fn enter(&mut self, stream: u32, answered: bool, user: X) {
         let state = Stream {
             send_window: self.peer.initial_window.into(),
-            receive_window: STREAM_WINDOW_BYTES.into(),
+            receive_window: self.granted.bytes.into(),
             owed: 0,
             undelivered: 0,
             sent_end: false,
@@ -183,14 +182,63 @@ impl<X> Connection<X> {
         }
     }
 
+    /// Grants streams a window of so many bytes, open ones included (section 6.9.2). Waits until the peer has acknowledged
+    /// earlier settings: the next call tries again.
+    pub fn set_window(&mut self, bytes: u32) {
+        let granted = &mut self.granted;
+        if granted.bytes == bytes || granted.unacknowledged > 0 || self.failed.is_some() {
+            return;
+        }
+        granted.said = Some(bytes);
+        granted.unacknowledged += 1;
+        let settings = [(setting::INITIAL_WINDOW_SIZE, bytes)];
+        frame::put_settings(&mut self.control, &settings);
+    }
+
+    /// From here on the peer keeps to what was said last.
+    pub(super) fn settings_acknowledged(&mut self) {
+        let granted = &mut self.granted;
+        granted.unacknowledged = granted.unacknowledged.saturating_sub(1);
+        let Some(bytes) = granted.said.take() else {
+            return;
+        };
+        let change = i64::from(bytes) - i64::from(granted.bytes);
+        granted.bytes = bytes;
+        let adjust = |(stream, state): (&u32, &mut Stream<X>)| {
+            state.receive_window += change;
+            *stream
+        };
+        let streams: Vec<u32> = self.streams.iter_mut().map(adjust).collect();
+        for stream in streams {
+            // Credit that was not due before may be more than the whole window now: nothing else would bring it.
+            self.credit_stream(stream, 0);
+        }
+    }
+
     /// Asks the peer for an answer.
     pub fn ping(&mut self) {
         frame::put(&mut self.control, kind::PING, 0, 0, &[0; 8]);
     }
 
-    /// Says that no more streams are opened or taken (GOAWAY without an error). Open ones go on.
+    /// Says that no more streams are opened or taken (GOAWAY without an error). Open ones go on. A server says so
+    /// twice, as RFC 9113 section 6.8 has it: at once without a last stream, and with one after an answer to PING, so
+    /// that what was on its way is still taken.
     pub fn leave(&mut self) {
-        if !std::mem::replace(&mut self.leaving, true) && self.failed.is_none() {
+        if std::mem::replace(&mut self.announced, true) || self.failed.is_some() {
+            return;
+        }
+        match self.role {
+            Role::Client => self.take_no_more(),
+            Role::Server { .. } => {
+                frame::put_go_away(&mut self.control, MAX_STREAM, Code::NO_ERROR);
+                frame::put(&mut self.control, kind::PING, 0, 0, &LEAVING);
+            }
+        }
+    }
+
+    /// From now on new streams are ignored.
+    pub(super) fn take_no_more(&mut self) {
+        if !std::mem::replace(&mut self.leaving, true) {
             let last = self.last_taken();
             frame::put_go_away(&mut self.control, last, Code::NO_ERROR);
         }

@@ -162,6 +162,17 @@ struct Calm {
     frames: u32,
 }
 
+/// The window that the peer's streams begin with (section 6.9.2).
+#[derive(Debug)]
+struct Granted {
+    /// What the peer has acknowledged.
+    bytes: u32,
+    /// What was said and is not acknowledged yet.
+    said: Option<u32>,
+    /// SETTINGS of ours that are not acknowledged yet, the first ones among them.
+    unacknowledged: u32,
+}
+
 /// The state of one connection.
 #[derive(Debug)]
 pub struct Connection<X> {
@@ -179,12 +190,16 @@ pub struct Connection<X> {
     send_window: i64,
     /// Credit for the connection's window that is due and not yet given.
     owed: u32,
+    granted: Granted,
     control: Vec<u8>,
     /// Streams reset by us: frames for them may still be on their way.
     forgotten: VecDeque<u32>,
     error_resets: usize,
     untaken_resets: usize,
     calm: Calm,
+    /// We have said that we are about to leave.
+    announced: bool,
+    /// No more streams are taken.
     leaving: bool,
     peer_leaves: bool,
     failed: Option<ConnectionError>,
@@ -230,6 +245,11 @@ impl<X> Connection<X> {
             },
             send_window: DEFAULT_WINDOW.into(),
             owed: 0,
+            granted: Granted {
+                bytes: STREAM_WINDOW_BYTES,
+                said: None,
+                unacknowledged: 1,
+            },
             control,
             forgotten: VecDeque::new(),
             error_resets: 0,
@@ -238,6 +258,7 @@ impl<X> Connection<X> {
                 since: None,
                 frames: 0,
             },
+            announced: false,
             leaving: false,
             peer_leaves: false,
             failed: None,
@@ -276,7 +297,7 @@ impl<X> Connection<X> {
         self.streams.is_empty()
     }
 
-    /// Whether either side has said GOAWAY.
+    /// Whether either side opens or takes no more streams. A server that has only announced it still does.
     #[must_use]
     pub fn is_leaving(&self) -> bool {
         self.leaving || self.peer_leaves
@@ -371,7 +392,7 @@ impl<X> Connection<X> {
             return;
         };
         state.owed = state.owed.saturating_add(bytes);
-        if state.owed >= STREAM_WINDOW_BYTES / 4 && !state.got_end && state.reset.is_none() {
+        if state.owed >= self.granted.bytes / 4 && !state.got_end && state.reset.is_none() {
             let owed = std::mem::take(&mut state.owed);
             state.receive_window += i64::from(owed);
             frame::put_window_update(&mut self.control, stream, owed);

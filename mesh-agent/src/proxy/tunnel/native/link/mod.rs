@@ -17,7 +17,7 @@ use http::{HeaderMap, StatusCode, request::Parts};
 use tokio::time::Instant;
 
 use super::{
-    super::DirectSink,
+    super::{DirectSink, StreamWindow},
     channel::{Channel, ChannelError, Received},
     connection::{Connection, ConnectionError, Event, Role},
     handshake::Session,
@@ -148,6 +148,8 @@ pub struct Core {
     /// Client handles; always one for a server.
     users: usize,
     ended: bool,
+    /// Which window streams shall have; none: the default.
+    window: Option<StreamWindow>,
 }
 
 impl std::fmt::Debug for Link {
@@ -176,6 +178,7 @@ impl Link {
             ponged: false,
             users: 1,
             ended: false,
+            window: None,
         })))
     }
 
@@ -198,6 +201,9 @@ impl Core {
         register(&mut self.task, cx);
         if self.ended {
             return Poll::Ready(Ok(()));
+        }
+        if let Some(window) = &self.window {
+            self.http.set_window(window());
         }
         let first = std::mem::take(&mut self.first);
         if let Err(error) = self.digest(&first) {
@@ -226,6 +232,11 @@ impl Core {
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    /// From now on grants streams the window that `window` says.
+    pub fn follow_window(&mut self, window: StreamWindow) {
+        self.window = Some(window);
     }
 
     /// Closes when nobody can use the tunnel any more.

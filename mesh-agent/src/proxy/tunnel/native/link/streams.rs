@@ -241,8 +241,13 @@ impl Core {
 
     /// RST_STREAM(CANCEL).
     pub fn reset(&mut self, stream: u32) {
+        self.reset_with(stream, Code::CANCEL);
+    }
+
+    /// The same, saying why.
+    pub fn reset_with(&mut self, stream: u32, code: Code) {
         if !self.ended {
-            self.http.reset(stream, Code::CANCEL);
+            self.http.reset(stream, code);
             self.wake_task();
             self.pass_place();
         }

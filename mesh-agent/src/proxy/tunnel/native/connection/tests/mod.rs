@@ -369,19 +369,36 @@ fn streams_beyond_a_goaway_were_not_taken() {
 }
 
 #[test]
-fn a_server_that_leaves_ignores_new_streams_and_keeps_the_old() {
+fn a_server_that_leaves_takes_what_was_on_its_way_ignores_the_rest_and_keeps_the_old() {
     let mut bench = Bench::serving();
     bench.connection.leave();
+    bench.connection.leave();
+    let sent = bench.sent();
+    let [(first, payload), (asked, question)] = sent.as_slice() else {
+        panic!("GOAWAY and PING, not {sent:?}");
+    };
+    assert_eq!((first.kind, asked.kind), (kind::GOAWAY, kind::PING));
+    assert_eq!(payload, &[0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
+    let other = one(kind::PING, flag::ACK, 0, &[0; 8]);
+    let answer = one(kind::PING, flag::ACK, 0, question);
+    let on_its_way = [other, connect(3), answer].concat();
+    bench.feed(&on_its_way).expect("fine");
+    assert!(matches!(
+        bench.saw.as_slice(),
+        [.., Saw::Request(3, _), Saw::Pong]
+    ));
     let (head, payload) = bench.sent().remove(0);
     assert_eq!(
         (head.kind, payload),
-        (kind::GOAWAY, vec![0, 0, 0, 1, 0, 0, 0, 0])
+        (kind::GOAWAY, vec![0, 0, 0, 3, 0, 0, 0, 0])
     );
+    bench.saw.clear();
     bench
-        .feed(&[connect(3), data(3, b"x", 0), data(1, b"old", 0)].concat())
+        .feed(&[connect(5), data(5, b"x", 0), data(1, b"old", 0)].concat())
         .expect("fine");
     assert_eq!(bench.saw, [Saw::Data(1, b"old".to_vec())]);
     assert_eq!(bench.resets(), []);
+    bench.connection.release(3);
     bench.connection.release(1);
     assert!(bench.connection.is_unused());
 }

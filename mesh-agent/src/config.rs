@@ -6,14 +6,18 @@ use std::{
     fs,
     net::{Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use mesh_api::{identity::Identity, local::Enrolment};
 use serde::{Deserialize, Serialize};
 
-use crate::proxy::{
-    TunnelCodec,
-    limits::{Limits, STREAM_WINDOW_BYTES},
+use crate::{
+    capture::Keepalive,
+    proxy::{
+        TunnelCodec,
+        limits::{Limits, STREAM_WINDOW_BYTES},
+    },
 };
 
 /// Largest configuration file read, in bytes: thousands of workloads fit, a wrong file (a log, a disk) does not.
@@ -159,10 +163,81 @@ pub struct ProxyConfig {
     pub max_buffered_bytes_per_workload: u64,
     /// Bytes that may wait for all slow readers of the node.
     pub max_buffered_bytes: u64,
+    /// TCP keepalive of every connection, to applications and between nodes.
+    pub keepalive: KeepaliveConfig,
+    /// HTTP/2 PING of tunnels.
+    pub tunnel_ping: TunnelPingConfig,
 }
 
 /// Fewest and most flows; an entry takes some 100 bytes of kernel memory.
 const FLOWS_RANGE: std::ops::RangeInclusive<u32> = 64..=1 << 20;
+
+/// TCP keepalive: a peer that is gone while nothing is on its way to it is found within
+/// `idleSeconds + probes × intervalSeconds`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct KeepaliveConfig {
+    /// Silence before the first probe, 1 to 32767 seconds.
+    pub idle_seconds: u64,
+    /// Seconds between probes, 1 to 32767.
+    pub interval_seconds: u64,
+    /// Probes without an answer that end the connection, 1 to 127.
+    pub probes: u32,
+}
+
+impl Default for KeepaliveConfig {
+    fn default() -> Self {
+        let Keepalive {
+            idle,
+            interval,
+            probes,
+        } = Keepalive::default();
+        Self {
+            idle_seconds: idle.as_secs(),
+            interval_seconds: interval.as_secs(),
+            probes,
+        }
+    }
+}
+
+impl KeepaliveConfig {
+    /// As sockets are given it.
+    #[must_use]
+    pub fn keepalive(&self) -> Keepalive {
+        Keepalive {
+            idle: Duration::from_secs(self.idle_seconds),
+            interval: Duration::from_secs(self.interval_seconds),
+            probes: self.probes,
+        }
+    }
+}
+
+/// PING of tunnels: a peer that is gone is found within `intervalSeconds + timeoutSeconds`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct TunnelPingConfig {
+    /// Seconds from one PING to the next, 1 to 3600.
+    pub interval_seconds: u64,
+    /// Seconds without an answer that end the tunnel, 1 to 3600.
+    pub timeout_seconds: u64,
+}
+
+impl Default for TunnelPingConfig {
+    fn default() -> Self {
+        let time = Limits::default().time;
+        Self {
+            interval_seconds: time.ping_interval.as_secs(),
+            timeout_seconds: time.ping_timeout.as_secs(),
+        }
+    }
+}
+
+/// Largest keepalive times and count that Linux takes (include/net/tcp.h, `MAX_TCP_KEEPIDLE` and its neighbours).
+const KEEPALIVE_MAX_SECONDS: u64 = 32_767;
+const KEEPALIVE_MAX_PROBES: u32 = 127;
+/// Longest times of a tunnel's PING: an hour is next to never.
+const TUNNEL_PING_MAX_SECONDS: u64 = 3600;
+
 /// Most workers: more than any machine has cores that this proxy could feed.
 const WORKERS_MAX: usize = 256;
 /// Longest drain after an upgrade, one week: a process that is replaced must end some day.
@@ -183,7 +258,46 @@ impl Default for ProxyConfig {
             max_connections_per_workload: limits.connections_per_workload,
             max_buffered_bytes_per_workload: limits.memory.per_workload_bytes,
             max_buffered_bytes: limits.memory.per_node_bytes,
+            keepalive: KeepaliveConfig::default(),
+            tunnel_ping: TunnelPingConfig::default(),
         }
+    }
+}
+
+impl ProxyConfig {
+    fn validate_dead_peers(&self) -> Result<(), ConfigError> {
+        let within = |setting, value: u64, most: u64| match (1..=most).contains(&value) {
+            true => Ok(()),
+            false => Err(ConfigError::Invalid {
+                setting,
+                message: format!("{value} is not between 1 and {most}"),
+            }),
+        };
+        let (keepalive, ping) = (&self.keepalive, &self.tunnel_ping);
+        let seconds = KEEPALIVE_MAX_SECONDS;
+        within(
+            "proxy.keepalive.idleSeconds",
+            keepalive.idle_seconds,
+            seconds,
+        )?;
+        within(
+            "proxy.keepalive.intervalSeconds",
+            keepalive.interval_seconds,
+            seconds,
+        )?;
+        let (probes, most) = (keepalive.probes, KEEPALIVE_MAX_PROBES);
+        within("proxy.keepalive.probes", probes.into(), most.into())?;
+        let seconds = TUNNEL_PING_MAX_SECONDS;
+        within(
+            "proxy.tunnelPing.intervalSeconds",
+            ping.interval_seconds,
+            seconds,
+        )?;
+        within(
+            "proxy.tunnelPing.timeoutSeconds",
+            ping.timeout_seconds,
+            seconds,
+        )
     }
 }
 
@@ -317,6 +431,7 @@ impl AgentConfig {
         if self.proxy.max_connections_per_workload == 0 {
             return invalid("proxy.maxConnectionsPerWorkload", "at least 1".into());
         }
+        self.proxy.validate_dead_peers()?;
         self.validate_control_plane()?;
         self.validate_workloads()
     }
@@ -444,7 +559,7 @@ mod tests {
     #[test]
     fn names_the_setting_that_cannot_work() {
         type Spoil = fn(&mut AgentConfig);
-        let cases: [(&str, Spoil); 15] = [
+        let cases: [(&str, Spoil); 18] = [
             ("node.name", |c| c.node.name.clear()),
             ("node.name", |c| c.node.name = "../n".into()),
             ("node.trustDomain", |c| c.node.trust_domain = "a b".into()),
@@ -468,6 +583,13 @@ mod tests {
             ("proxy.workers", |c| c.proxy.workers = WORKERS_MAX + 1),
             ("proxy.upgradeDrainSeconds", |c| {
                 c.proxy.upgrade_drain_seconds = UPGRADE_DRAIN_MAX_SECONDS + 1
+            }),
+            ("proxy.keepalive.idleSeconds", |c| {
+                c.proxy.keepalive.idle_seconds = 0
+            }),
+            ("proxy.keepalive.probes", |c| c.proxy.keepalive.probes = 128),
+            ("proxy.tunnelPing.timeoutSeconds", |c| {
+                c.proxy.tunnel_ping.timeout_seconds = 0
             }),
             ("controlPlane.address", |c| {
                 c.control_plane.standalone = None

@@ -293,6 +293,7 @@ fn the_agent_reaches_the_application_with_the_clients_address() -> Result<()> {
         let seen = block_on(async {
             let options = DialOptions {
                 source: Some(client),
+                ..DialOptions::default()
             };
             let stream = mesh_agent::capture::dial(&enrolled.local, target, options).await?;
             let mut stream = stream.into_std()?;

@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
+    firewall::nft,
     lab::{Lab, Place, Pod},
     process::{Program, Running},
     programs,
@@ -206,10 +207,4 @@ impl AppSyns {
             .and_then(|_| words.next()?.parse().ok())
             .with_context(|| format!("nft printed {text:?}"))
     }
-}
-
-fn nft(lab: &Lab, pod: &Pod, arguments: &[&str]) -> Result<String> {
-    let nft = programs::installed("nft").context("nft is missing (Debian package nftables)")?;
-    lab.run(pod, &Program::new(nft).args(arguments), LIMIT)?
-        .ok()
 }

@@ -28,6 +28,9 @@ impl Masked {
     pub fn count(&self) -> Result<usize> {
         let memory = File::open("/proc/self/mem").context("/proc/self/mem")?;
         let mut piece = vec![0; PIECE];
+        // Reading the buffer into itself would find what it holds of its surroundings again and again.
+        let own = piece.as_ptr() as u64;
+        let own = own..own + piece.len() as u64;
         let mut found = 0;
         for line in fs::read_to_string("/proc/self/maps")?.lines() {
             let mut words = line.split_whitespace();
@@ -40,12 +43,21 @@ impl Masked {
             };
             let (mut at, to) = (u64::from_str_radix(from, 16)?, u64::from_str_radix(to, 16)?);
             while at < to {
-                let length = PIECE.min(usize::try_from(to - at)?);
+                if own.contains(&at) {
+                    at = own.end;
+                    continue;
+                }
+                let end = if at < own.start {
+                    to.min(own.start)
+                } else {
+                    to
+                };
+                let length = PIECE.min(usize::try_from(end - at)?);
                 // What is unmapped meanwhile, or of the kernel, cannot be read.
                 let read = memory.read_at(&mut piece[..length], at).unwrap_or(0);
                 found += self.count_in(&piece[..read]);
                 // Pieces overlap, so that nothing is cut in two.
-                let overlap = if at + (length as u64) < to {
+                let overlap = if at + (length as u64) < end {
                     self.0.len()
                 } else {
                     0

@@ -211,10 +211,10 @@ impl Mesh {
             .arg(&node.bpffs_root)
             .args([
                 "--control-plane",
-                &format!("https://{}", self.control_address),
+                &self.control_plane(),
                 "--control-plane-ca",
             ])
-            .arg(self.directory.join("ca/root-cert.pem"))
+            .arg(self.root_file())
             .arg("--token-file")
             .arg(self.token_file(&node.name))
             .args([
@@ -567,7 +567,21 @@ impl Mesh {
         self.directory.join("node-tokens")
     }
 
-    fn token_file(&self, node: &str) -> PathBuf {
+    /// Where the control plane is, as an agent is told.
+    #[must_use]
+    pub fn control_plane(&self) -> String {
+        format!("https://{}", self.control_address)
+    }
+
+    /// The file of the certificate authority's roots.
+    #[must_use]
+    pub fn root_file(&self) -> PathBuf {
+        self.directory.join("ca/root-cert.pem")
+    }
+
+    /// The file of a node's token.
+    #[must_use]
+    pub fn token_file(&self, node: &str) -> PathBuf {
         self.directory.join(format!("token-{node}"))
     }
 

@@ -12,7 +12,7 @@ use mesh_ebpf::{FLAG_FAIL_CLOSED, FLAG_SAME_NODE};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Listeners, LocalWorkload, Verdicts, dial,
+    Keepalive, Listeners, LocalWorkload, Verdicts, dial,
     error::CaptureError,
     kernel::{Kernel, cgroup_id},
     steering,
@@ -49,12 +49,13 @@ pub struct Enrolled {
 }
 
 impl Enrolled {
-    fn new(netns: Netns, record: Record) -> Self {
+    fn new(netns: Netns, record: Record, keepalive: Keepalive) -> Self {
         let local = LocalWorkload {
             namespace: record.enrolment.namespace.as_str().into(),
             name: record.enrolment.name.as_str().into(),
             netns: Arc::new(netns),
             addresses: record.addresses.clone(),
+            keepalive,
             workload: arc_swap::ArcSwapOption::empty(),
             holds: Arc::default(),
         };
@@ -70,6 +71,7 @@ impl Enrolled {
 pub struct Capture {
     kernel: Arc<Kernel>,
     generation_base: u64,
+    keepalive: Keepalive,
     enrolled: Mutex<HashMap<(String, String), Enrolled>>,
 }
 
@@ -91,8 +93,16 @@ impl Capture {
             kernel: Arc::new(kernel),
             // Greater than any sum that an earlier agent of this boot can have used.
             generation_base: sys::monotonic_ns(),
+            keepalive: Keepalive::default(),
             enrolled: Mutex::default(),
         }
+    }
+
+    /// How sockets of workloads find out that their peer has gone; the default's way otherwise.
+    #[must_use]
+    pub fn with_keepalive(mut self, keepalive: Keepalive) -> Self {
+        self.keepalive = keepalive;
+        self
     }
 
     /// The programs, for the kernel logger. Only before the kernel side is shared.
@@ -159,19 +169,20 @@ impl Capture {
         })?;
         let addresses = self.check(enrolment, &netns)?;
         let former = former.filter(|record| record.cookie == netns.cookie().0);
-        let listeners = dial::listen(&netns)?;
+        let listeners = dial::listen(&netns, self.keepalive)?;
         let sysctls = steering::install(&netns, &addresses).await;
         let record = Record {
             enrolment: enrolment.clone(),
             cookie: netns.cookie().0,
             addresses: addresses.clone(),
             former_sysctls: match (former, &sysctls) {
-                (Some(record), _) => record.former_sysctls.clone(),
+                (Some(record), Ok(values)) => record.former_sysctls.or(values),
+                (Some(record), Err(_)) => record.former_sysctls.clone(),
                 (None, Ok(values)) => values.clone(),
                 (None, Err(_)) => FormerSysctls::kernel_defaults(),
             },
         };
-        let enrolled = Enrolled::new(netns, record);
+        let enrolled = Enrolled::new(netns, record, self.keepalive);
         if let Err(error) = sysctls
             .map(|_| ())
             .and_then(|()| self.capture(&enrolled, &listeners, settings))
@@ -199,7 +210,7 @@ impl Capture {
         if netns.cookie().0 != record.cookie {
             return Err(failed(std::io::ErrorKind::NotFound.into()));
         }
-        let enrolled = Enrolled::new(netns, record.clone());
+        let enrolled = Enrolled::new(netns, record.clone(), self.keepalive);
         self.remember(&enrolled);
         Ok(enrolled)
     }
@@ -216,6 +227,10 @@ impl Capture {
         workloads: impl IntoIterator<Item = (&'a Enrolled, &'a Listeners, Option<CaptureSettings>)>,
     ) -> Result<(), CaptureError> {
         for (enrolled, listeners, settings) in workloads {
+            if let Err(error) = dial::adopt(listeners, self.keepalive) {
+                let workload = &enrolled.local.name;
+                tracing::warn!(%error, %workload, "listeners keep the other agent's keepalive");
+            }
             let present = self.kernel.workload(enrolled.local.cookie());
             let value = match (settings, present) {
                 (None, Some(present)) => present,
@@ -381,7 +396,7 @@ impl Capture {
         enrolled: &Enrolled,
         listeners: Listeners,
     ) -> Result<Option<Listeners>, CaptureError> {
-        let (listeners, is_new) = dial::revive(&enrolled.local.netns, listeners)?;
+        let (listeners, is_new) = dial::revive(&enrolled.local.netns, listeners, self.keepalive)?;
         self.kernel
             .set_listeners(enrolled.local.cookie(), &listeners)?;
         Ok(is_new.then_some(listeners))

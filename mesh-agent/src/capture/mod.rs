@@ -25,7 +25,7 @@ mod netlink;
 pub mod steering;
 mod verdicts;
 
-pub use dial::set_common_options;
+pub use dial::Keepalive;
 pub use error::CaptureError;
 pub use manager::{Capture, Enrolled, Record, undo_record};
 pub use verdicts::{Verdict, Verdicts};
@@ -48,6 +48,8 @@ pub struct LocalWorkload {
     pub netns: Arc<Netns>,
     /// Addresses of that namespace when it was enrolled, loopback and link-local ones left out.
     pub addresses: Vec<IpAddr>,
+    /// How its sockets find out that their peer has gone.
+    pub keepalive: Keepalive,
     /// What discovery says of it; absent until the control plane has told. Kept current by `lifecycle`.
     pub workload: ArcSwapOption<Workload>,
     /// What it holds of what the node has once.
@@ -101,6 +103,8 @@ pub struct DialOptions {
     /// Show this address to the peer instead of the namespace's own (inbound: the client's). Its port is none that
     /// the client itself would use.
     pub source: Option<IpAddr>,
+    /// Largest segment, bytes without headers, that either end shall send; `None` is what the interfaces carry.
+    pub max_segment: Option<u32>,
 }
 
 /// Makes a socket inside the workload's namespace and connects it. The socket is recognised by the kernel programs

@@ -1,5 +1,6 @@
 //! What capture needs inside a workload's namespace: one policy rule and one local route per address family, and the
-//! sysctls that let replies of spoofed connections find their way. All of it is undone on un-enrolment.
+//! sysctls that let replies of spoofed connections, and tunnels over paths that lose large packets, find their way.
+//! All of it is undone on un-enrolment.
 
 use std::{
     collections::BTreeMap,
@@ -32,8 +33,14 @@ const LOOPBACK_INDEX: u32 = 1;
 /// to the agent (Documentation/networking/ip-sysctl.rst). `tcp_fwmark_accept`, one switch for both address families,
 /// does so for accepted sockets; `fwmark_reflect` for what the kernel answers without a socket: without it the RST
 /// of a closed port leaves the namespace, and a refused connection looks like a timeout.
-const SYSCTLS: [&str; 3] = [
+///
+/// `tcp_mtu_probing` makes TCP, over either family, send smaller segments when large ones vanish without ICMP's telling
+/// so (RFC 4821; net/ipv4/tcp_timer.c, `tcp_mtu_probing`): after some seconds without an acknowledgement. There is no
+/// option of a single socket for it. 1, "only when packets vanish": 2 begins every connection with small segments, those
+/// over loopback too.
+const SYSCTLS: [&str; 4] = [
     "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/tcp_mtu_probing",
     "/proc/sys/net/ipv4/fwmark_reflect",
     "/proc/sys/net/ipv6/fwmark_reflect",
 ];
@@ -54,6 +61,14 @@ impl FormerSysctls {
     #[must_use]
     pub fn kernel_defaults() -> Self {
         Self(SYSCTLS.map(|path| (path.to_owned(), OFF.to_owned())).into())
+    }
+
+    /// What was recorded first counts; `found` has what an earlier agent did not know of.
+    #[must_use]
+    pub fn or(&self, found: &Self) -> Self {
+        let mut all = found.0.clone();
+        all.extend(self.0.clone());
+        Self(all)
     }
 }
 

@@ -425,6 +425,7 @@ impl Agent {
         is_active: bool,
     ) -> Result<Arc<Self>, AgentError> {
         log_kernel_messages(&mut capture);
+        let capture = capture.with_keepalive(config.proxy.keepalive.keepalive());
         let is_active = Arc::new(AtomicBool::new(is_active));
         let runtime = tokio::runtime::Handle::current();
         let telemetry = Telemetry::new(env!("CARGO_PKG_VERSION"));

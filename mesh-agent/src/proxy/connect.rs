@@ -1,24 +1,34 @@
 //! How a worker's pool makes tunnels: dial from the workload's namespace, TLS with its certificate, HTTP/2.
 
-use std::{os::fd::AsFd, rc::Rc, sync::Arc};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    rc::Rc,
+    sync::Arc,
+};
 
 use rustls::pki_types::ServerName;
-use tokio::time::{Instant, timeout_at};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep, timeout_at},
+};
 
 use super::{
     ProxyContext,
-    limits::Limits,
+    limits::{Limits, NARROW_SEGMENT_BYTES, VANISHED_AFTER, VANISHED_LOOK},
     memory::stream_window,
     pool::{Connector, PoolEvent, PoolKey, Pooled},
     room::{Need, Place, Room},
-    tunnel::{TunnelClient, TunnelCodec, TunnelError, transport::connect_tls},
+    tunnel::{
+        TunnelClient, TunnelCodec, TunnelError,
+        transport::{SecuredClient, connect_tls},
+    },
 };
 use crate::{
     capture::{DialOptions, LocalWorkload, dial},
     identity::Certified,
     sys::{
         netns::duplicate,
-        socket::{SharedStatistics, TcpStatistics},
+        socket::{SharedStatistics, TcpStatistics, unanswered_for},
     },
     telemetry::{Direction, Limit, Telemetry, metrics::TunnelGuard},
 };
@@ -63,29 +73,16 @@ impl Dialer {
         let place = room.map_err(|_| TunnelError::Limit)?;
         // For all steps together.
         let deadline = Instant::now() + self.limits.time.connect;
-        let dialled = timeout_at(
-            deadline,
-            dial(
-                &source.local,
-                key.destination,
-                DialOptions {
-                    source: key.source_address,
-                },
-            ),
-        );
-        let socket = dialled
-            .await
-            .map_err(|_| TunnelError::TimedOut("accept the connection"))?
-            .inspect_err(|error| self.telemetry.limits.dial_failed(error))
-            .map_err(|error| TunnelError::Dial(Arc::new(error)))?;
-        // Its statistics are wanted for as long as streams use it; without it there are none.
-        let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
-        let began = Instant::now();
-        let handshake = deadline.min(began + self.limits.time.handshake);
-        let config = source.certified.client(key.expected.clone());
-        let secured = connect_tls(self.codec, config, self.name.clone(), socket, handshake).await?;
-        self.telemetry
-            .observe_handshake(Direction::Outbound, began.elapsed());
+        let secured = match self.secure(key, source, deadline, None).await? {
+            Some(secured) => Some(secured),
+            None => {
+                tracing::debug!(destination = %key.destination, "large segments vanish; sending small ones");
+                let narrow = Some(NARROW_SEGMENT_BYTES);
+                self.secure(key, source, deadline, narrow).await?
+            }
+        };
+        let (secured, measured) =
+            secured.ok_or(TunnelError::TimedOut("finish the TLS handshake"))?;
         let greeted = TunnelClient::handshake(secured, &self.limits, measured);
         let client = timeout_at(deadline, greeted)
             .await
@@ -97,6 +94,58 @@ impl Dialer {
             statistics: Rc::default(),
             _open: Rc::new((self.telemetry.tunnels.open(Direction::Outbound), place)),
         })
+    }
+
+    /// Dials and shakes hands. `None`, without `max_segment` only: the path swallows what we send.
+    async fn secure(
+        &self,
+        key: &PoolKey,
+        source: &Source,
+        deadline: Instant,
+        max_segment: Option<u32>,
+    ) -> Result<Option<Secured>, TunnelError> {
+        let options = DialOptions {
+            source: key.source_address,
+            max_segment,
+        };
+        let dialled = timeout_at(deadline, dial(&source.local, key.destination, options));
+        let socket = dialled
+            .await
+            .map_err(|_| TunnelError::TimedOut("accept the connection"))?
+            .inspect_err(|error| self.telemetry.limits.dial_failed(error))
+            .map_err(|error| TunnelError::Dial(Arc::new(error)))?;
+        // Its statistics are wanted for as long as streams use it; without it there are none.
+        let measured = duplicate(socket.as_fd()).ok().map(Rc::new);
+        let began = Instant::now();
+        let handshake = deadline.min(began + self.limits.time.handshake);
+        let config = source.certified.client(key.expected.clone());
+        let shaken = connect_tls(self.codec, config, self.name.clone(), socket, handshake);
+        let watched = measured.as_deref().filter(|_| max_segment.is_none());
+        let secured = tokio::select! {
+            shaken = shaken => shaken?,
+            () = vanishes(watched) => return Ok(None),
+        };
+        self.telemetry
+            .observe_handshake(Direction::Outbound, began.elapsed());
+        Ok(Some((secured, measured)))
+    }
+}
+
+/// TLS to a peer, and the socket below it for its statistics.
+type Secured = (SecuredClient<TcpStream>, Option<Rc<OwnedFd>>);
+
+/// Ready when what was sent on the socket is lost again and again.
+async fn vanishes(socket: Option<&OwnedFd>) {
+    let Some(socket) = socket else {
+        return std::future::pending().await;
+    };
+    loop {
+        match unanswered_for(socket.as_fd()) {
+            Ok(time) if time >= VANISHED_AFTER => return,
+            Ok(_) => sleep(VANISHED_LOOK).await,
+            // The handshake itself will tell.
+            Err(_) => return std::future::pending().await,
+        }
     }
 }
 

@@ -168,6 +168,10 @@ pub(super) async fn serve_tunnel(
             telemetry
                 .tunnels
                 .failed(Direction::Inbound, error.failure());
+            if let HandshakeError::Tunnel(TunnelError::Abuse(_)) = error {
+                // What came along with the preface was already too much.
+                worker.shared.room.refuse(&served.local, Limit::TunnelAbuse);
+            }
             if let Some(held_back) = worker.handshake_failures.line(Instant::now()) {
                 tracing::info!(%peer, workload = %served.local.name, %error, held_back, "no tunnel with a client");
             }
@@ -664,7 +668,11 @@ async fn dial_application(
     // The workload calling itself: its address is the namespace's own already.
     let source =
         (client != destination.ip() && client.is_ipv4() == destination.is_ipv4()).then_some(client);
-    dial(local, destination, DialOptions { source }).await
+    let options = DialOptions {
+        source,
+        ..DialOptions::default()
+    };
+    dial(local, destination, options).await
 }
 
 #[cfg(test)]

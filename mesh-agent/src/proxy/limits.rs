@@ -119,6 +119,14 @@ pub const STREAM_SEND_BUFFER_BYTES: usize = 512 << 10;
 pub const CLIENT_HEADER_LIST_BYTES: u32 = 16 << 10;
 /// Header list that a server accepts in a request.
 pub const SERVER_HEADER_LIST_BYTES: u32 = 64 << 10;
+/// Largest segment on a path where larger ones vanish: what the least link of IPv6, 1280 bytes, carries beside the
+/// headers of either family (RFC 8200 section 5).
+pub const NARROW_SEGMENT_BYTES: u32 = 1220;
+/// TCP acknowledges what arrives within a round trip, however busy the peer is. A handshake that is not acknowledged for
+/// this long, after the SYN was, did not arrive, and then it was too large for the path.
+pub const VANISHED_AFTER: Duration = Duration::from_secs(1);
+/// How often that is looked at.
+pub const VANISHED_LOOK: Duration = Duration::from_millis(250);
 /// Streams that the peer reset before we accepted them; more and the connection is closed (rapid reset,
 /// CVE-2023-44487).
 pub const MAX_PENDING_RESET_STREAMS: usize = 20;
@@ -218,6 +226,9 @@ impl Limits {
             },
             ..Self::default()
         };
+        let ping = &proxy.tunnel_ping;
+        limits.time.ping_interval = Duration::from_secs(ping.interval_seconds);
+        limits.time.ping_timeout = Duration::from_secs(ping.timeout_seconds);
         match getrlimit(Resource::RLIMIT_NOFILE) {
             Ok((soft, _)) => limits.descriptors = descriptors_of(soft),
             Err(error) => {

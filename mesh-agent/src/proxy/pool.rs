@@ -220,12 +220,15 @@ impl<C: Connector> Pool<C> {
             let gone = before - tunnels.len();
             self.connector.note(PoolEvent::Evicted(gone));
         }
+        // A new tunnel's peer has not said yet how many it takes; it will not say more than on its other tunnels. Zero
+        // is a tunnel that is to end, and says nothing of others.
+        let told = tunnels.iter().map(|slot| slot.tunnel.peer_streams());
+        let most = told.filter(|streams| *streams > 0).min();
+        let most = self.limits.client_streams.min(most.unwrap_or(usize::MAX));
         let slot = tunnels
             .iter()
             .filter(|slot| slot.usable(context))
-            .filter(|slot| {
-                slot.streams.get() < self.limits.client_streams.min(slot.tunnel.peer_streams())
-            })
+            .filter(|slot| slot.streams.get() < most.min(slot.tunnel.peer_streams()))
             .min_by_key(|slot| slot.streams.get())?;
         slot.streams.set(slot.streams.get() + 1);
         Some(Lease { slot: slot.clone() })

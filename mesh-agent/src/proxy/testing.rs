@@ -36,6 +36,7 @@ pub fn local(name: &str) -> Arc<LocalWorkload> {
         name: name.into(),
         netns: Arc::new(Netns::open(Path::new("/proc/self/ns/net")).expect("own namespace")),
         addresses: Vec::new(),
+        keepalive: Default::default(),
         workload: Default::default(),
         holds: Default::default(),
     })

@@ -2,11 +2,15 @@
 //! description alone, with a certificate of the mesh. Needs root.
 
 mod attacks;
+mod clients;
+mod control;
 mod expiry;
 mod floods;
 mod interop;
+mod istio_wire;
 mod peer;
 mod raw;
+mod servers;
 mod silence;
 
 use std::{future::Future, net::SocketAddr, path::Path};

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    future::poll_fn,
     net::SocketAddr,
     path::Path,
     sync::Arc,
@@ -10,6 +11,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
+use bytes::Bytes;
+use h2::SendStream;
 use mesh_api::proto::ca::{
     IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient,
 };
@@ -225,6 +228,18 @@ pub async fn connect(to: SocketAddr, config: ClientConfig) -> Result<TlsStream<T
     let name = ServerName::IpAddress(to.ip().into());
     let shaken = TlsConnector::from(Arc::new(config)).connect(name, socket);
     Ok(tokio::time::timeout(LIMIT, shaken).await??)
+}
+
+/// Sends as the peer's windows allow (RFC 9113 section 6.9).
+pub async fn send_all(send: &mut SendStream<Bytes>, mut bytes: Bytes) -> Result<()> {
+    while !bytes.is_empty() {
+        send.reserve_capacity(bytes.len());
+        let room = poll_fn(|cx| send.poll_capacity(cx));
+        let room = tokio::time::timeout(LIMIT, room).await?;
+        let room = room.context("the stream has ended")??;
+        send.send_data(bytes.split_to(room.min(bytes.len())), false)?;
+    }
+    Ok(())
 }
 
 /// The URI names of a certificate.

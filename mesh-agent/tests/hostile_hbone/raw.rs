@@ -1,7 +1,7 @@
 //! HTTP/2 frames made by hand, because no library sends what an attacker would. RFC 9113 sections 3.4, 4.1, 6 and
 //! RFC 7541 section 6.
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     time::timeout,
@@ -20,6 +20,7 @@ pub const GOAWAY: u8 = 7;
 pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
 const ACK: u8 = 1;
+pub const END_STREAM: u8 = 1;
 pub const END_HEADERS: u8 = 4;
 pub const PADDED: u8 = 8;
 /// RFC 7541 appendix A: `:status 200` is entry 8 of the static table.
@@ -55,21 +56,62 @@ where
         .context("no answer at all")?
 }
 
+/// A whole conversation on one stream, with GOAWAY in its middle: no new streams, but this one goes on (RFC 9113 section
+/// 6.8). Returns what comes back until the server's end.
+pub async fn goaway_in_between<S>(
+    stream: &mut S,
+    fields: &[(&[u8], &[u8])],
+    before: &[u8],
+    after: &[u8],
+) -> Result<Vec<u8>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let answer = request(stream, fields).await?;
+    ensure!(answer == Answer::Accepted, "{answer:?}");
+    let mut bytes = Vec::new();
+    frame(&mut bytes, DATA, 0, 1, before);
+    // The last stream of the server's that was seen, none, and NO_ERROR.
+    frame(&mut bytes, GOAWAY, 0, 0, &[0; 8]);
+    frame(&mut bytes, DATA, END_STREAM, 1, after);
+    stream.write_all(&bytes).await?;
+    stream.flush().await?;
+    let mut heard = Vec::new();
+    loop {
+        let (kind, flags, payload) = timeout(LIMIT, read_frame(stream)).await??;
+        match kind {
+            DATA => heard.extend(payload),
+            RST_STREAM => bail!("the stream was reset: {payload:?}"),
+            _ => continue,
+        }
+        if flags & END_STREAM != 0 {
+            return Ok(heard);
+        }
+    }
+}
+
+/// Kind, flags and payload of the next frame.
+async fn read_frame<S>(stream: &mut S) -> Result<(u8, u8, Vec<u8>)>
+where
+    S: AsyncRead + Unpin,
+{
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).await?;
+    let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+    let mut payload = vec![0; length];
+    stream.read_exact(&mut payload).await?;
+    Ok((head[3], head[4], payload))
+}
+
 async fn answer<S>(stream: &mut S) -> Result<Answer>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     loop {
-        let mut head = [0; 9];
-        if stream.read_exact(&mut head).await.is_err() {
+        let Ok((kind, flags, payload)) = read_frame(stream).await else {
             return Ok(Answer::Closed);
-        }
-        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
-        let mut payload = vec![0; length];
-        if stream.read_exact(&mut payload).await.is_err() {
-            return Ok(Answer::Closed);
-        }
-        match (head[3], head[4]) {
+        };
+        match (kind, flags) {
             (SETTINGS, 0) => {
                 let mut bytes = Vec::new();
                 frame(&mut bytes, SETTINGS, ACK, 0, &[]);

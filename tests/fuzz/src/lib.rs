@@ -14,6 +14,7 @@ mod script;
 mod sockets;
 mod text;
 mod tunnel;
+pub mod wire;
 mod world;
 
 pub use world::World;

@@ -45,6 +45,14 @@ impl Bound {
             Self::AtMost(bound) => value <= bound,
         }
     }
+
+    /// The same direction of a ratio, without any advantage.
+    pub fn no_worse(self) -> Self {
+        match self {
+            Self::AtLeast(_) => Self::AtLeast(1.0),
+            Self::AtMost(_) => Self::AtMost(1.0),
+        }
+    }
 }
 
 impl std::fmt::Display for Bound {

@@ -6,6 +6,7 @@
 
 mod figures;
 mod measure;
+mod mixed;
 mod neighbour;
 mod peer;
 mod report;
@@ -18,7 +19,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use mesh_tests::programs;
+use mesh_tests::{
+    peer::{Part, Peer},
+    programs,
+};
 use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
     unistd::Pid,
@@ -27,9 +31,10 @@ use nix::{
 use self::{
     figures::{Audience, Bound, Figure, Selection},
     measure::{MEASUREMENTS, Measurement, Settings, Stage},
-    peer::{Peer, PeerOption},
+    mixed::Mixed,
+    peer::PeerOption,
     report::{Comparison, Samples},
-    scene::Scene,
+    scene::{FAR, NEAR, Scene},
     weft::Weft,
 };
 use crate::{build, shell};
@@ -55,6 +60,11 @@ pub struct Options {
     /// Also measure another mesh, which this script puts onto the lab (docs/bench.md); may be repeated
     #[arg(long, value_name = "NAME=SCRIPT")]
     peer: Vec<PeerOption>,
+
+    /// Also measure Weft on one node and another mesh on the other, both ways round: `weft-NAME`, whose clients are
+    /// Weft's, and `NAME-weft`; may be repeated
+    #[arg(long, value_name = "NAME=SCRIPT")]
+    mixed: Vec<PeerOption>,
 
     /// Also measure Weft with this implementation of the tunnels, as a variant of its own; may be repeated
     #[arg(long, value_enum, value_name = "NAME")]
@@ -103,6 +113,8 @@ enum Variant {
     /// With its default codec, or a given one.
     Weft(Option<Codec>),
     Peer(PeerOption),
+    /// Weft on this node, the peer on the other.
+    Mixed(PeerOption, &'static str),
 }
 
 impl Variant {
@@ -111,6 +123,9 @@ impl Variant {
         let codecs = options.codec.iter();
         variants.extend(codecs.map(|codec| Self::Weft(Some(*codec))));
         variants.extend(options.peer.iter().cloned().map(Self::Peer));
+        for peer in &options.mixed {
+            variants.extend([NEAR, FAR].map(|weft| Self::Mixed(peer.clone(), weft)));
+        }
         variants
     }
 
@@ -120,15 +135,24 @@ impl Variant {
             Self::Weft(None) => figures::WEFT.to_owned(),
             Self::Weft(Some(codec)) => codec.variant().to_owned(),
             Self::Peer(peer) => peer.name.clone(),
+            Self::Mixed(peer, NEAR) => format!("{}-{}", figures::WEFT, peer.name),
+            Self::Mixed(peer, _) => format!("{}-{}", peer.name, figures::WEFT),
         }
     }
 
-    /// What it is compared with Weft for.
+    /// What it is compared with Weft for; where Weft is at one end only, with the other mesh at both.
     fn comparison(&self) -> Option<Comparison> {
+        if let Self::Mixed(peer, _) = self {
+            return Some(Comparison {
+                one: self.name(),
+                other: peer.name.clone(),
+                promise: |figure| figure.to_peer.map(Bound::no_worse),
+            });
+        }
         let promise: fn(&Figure) -> Option<Bound> = match self {
             Self::Direct => |figure| figure.to_direct,
             Self::Weft(None) => return None,
-            Self::Weft(Some(_)) => |_| None,
+            Self::Weft(Some(_)) | Self::Mixed(..) => |_| None,
             Self::Peer(_) => |figure| figure.to_peer,
         };
         Some(Comparison {
@@ -154,6 +178,7 @@ enum Mesh {
     Direct,
     Weft(Box<Weft>),
     Peer(Peer),
+    Mixed(Box<Mixed>),
 }
 
 impl Mesh {
@@ -162,7 +187,10 @@ impl Mesh {
         Ok(match variant {
             Variant::Direct => Self::Direct,
             Variant::Weft(codec) => Self::Weft(Box::new(Weft::up(scene, *codec)?)),
-            Variant::Peer(option) => Self::Peer(Peer::up(option, scene)?),
+            Variant::Peer(option) => Self::Peer(Peer::up(&option.script, &scene.lab, Part::Whole)?),
+            Variant::Mixed(option, weft) => {
+                Self::Mixed(Box::new(Mixed::up(&option.script, scene, weft)?))
+            }
         })
     }
 
@@ -172,6 +200,7 @@ impl Mesh {
             Self::Direct => Ok(Vec::new()),
             Self::Weft(weft) => Ok(weft.agents()),
             Self::Peer(peer) => peer.proxies(),
+            Self::Mixed(mixed) => mixed.proxies(),
         }
     }
 
@@ -179,7 +208,8 @@ impl Mesh {
     fn down(self, scene: &Scene) -> Result<()> {
         match self {
             Self::Direct | Self::Weft(_) => Ok(()),
-            Self::Peer(peer) => peer.down(scene),
+            Self::Peer(peer) => peer.down(&scene.lab),
+            Self::Mixed(mixed) => mixed.down(scene),
         }
     }
 }

@@ -116,11 +116,6 @@ impl Scene {
         })
     }
 
-    /// The load tool.
-    pub fn benchtool(&self) -> &Path {
-        &self.benchtool
-    }
-
     /// The pod with this name.
     pub fn pod(&self, name: &str) -> Result<&Pod> {
         self.lab.pod(name)

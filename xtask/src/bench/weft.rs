@@ -24,7 +24,7 @@ use super::{
 };
 
 /// How long a probe may wait for its first answer, beyond the limit that it has itself.
-const PROBE_LIMIT: Duration = Duration::from_secs(60);
+pub const PROBE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Weft, running.
 #[derive(Debug)]
@@ -50,8 +50,7 @@ impl Weft {
             agent_arguments: codec.into_iter().flatten().collect(),
             ..MeshSpec::default()
         };
-        let mut mesh = prepare(lab, spec)?;
-        mesh.start_control(lab)?;
+        let mut mesh = control_plane(lab, spec)?;
         mesh.start_agent(lab, far)?;
         mesh.wait_ready(lab, far)?;
         let mut far_before_crowd = 0;
@@ -145,6 +144,16 @@ pub fn resident(pid: Pid) -> Result<u64> {
     Ok(scene::resident_bytes(&[pid])?.into_iter().sum())
 }
 
+/// The control plane of [`prepare`], running.
+///
+/// # Errors
+/// Files cannot be written, or it does not start.
+pub fn control_plane(lab: &Lab, spec: MeshSpec) -> Result<Mesh> {
+    let mut mesh = prepare(lab, spec)?;
+    mesh.start_control(lab)?;
+    Ok(mesh)
+}
+
 fn workloads_config(node: &Node) -> Value {
     let meshed = node.pods.iter().filter(|pod| pod.spec.meshed);
     let workloads: Vec<Value> = meshed
@@ -161,7 +170,7 @@ fn workloads_config(node: &Node) -> Value {
 }
 
 /// A client in the client's pod that tries until the far server answers. It is started before what it waits for.
-fn probe(scene: &Scene) -> Result<Running> {
+pub fn probe(scene: &Scene) -> Result<Running> {
     let client = scene.client("first-answer", scene.at(SERVER, ECHO)?, &[]);
     scene.lab.spawn(scene.pod(CLIENT)?, &client)
 }

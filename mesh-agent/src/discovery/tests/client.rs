@@ -494,9 +494,7 @@ async fn a_snapshot_that_cannot_be_written_is_counted_and_nothing_else_suffers()
     assert!(agent.knows("10.0.0.1"));
     let status = agent.status.clone();
     agent.stop().await;
-    assert_eq!(
-        status.borrow().snapshot_failures,
-        1,
-        "tried once more before the end"
-    );
+    // Once before the end; on a slow machine also when it was due.
+    let failures = status.borrow().snapshot_failures;
+    assert!((1..=2).contains(&failures), "{failures} failures");
 }

@@ -11,6 +11,7 @@ fn local() -> LocalWorkload {
         addresses: ["10.1.0.5", "fd00::5"]
             .map(|text| text.parse().expect("literal"))
             .to_vec(),
+        keepalive: Default::default(),
         workload: Default::default(),
         holds: Default::default(),
     }

@@ -10,6 +10,7 @@ use crate::proxy::{Limits, testing::identity};
 struct FakeTunnel {
     key: PoolKey,
     open: Rc<Cell<bool>>,
+    peer_streams: Rc<Cell<usize>>,
 }
 
 impl Pooled for FakeTunnel {
@@ -18,7 +19,7 @@ impl Pooled for FakeTunnel {
     }
 
     fn peer_streams(&self) -> usize {
-        1000
+        self.peer_streams.get()
     }
 }
 
@@ -59,6 +60,7 @@ impl Connector for FakeConnector {
         let tunnel = FakeTunnel {
             key: key.clone(),
             open: Rc::new(Cell::new(true)),
+            peer_streams: Rc::new(Cell::new(1000)),
         };
         self.made.borrow_mut().push(tunnel.clone());
         Ok(tunnel)
@@ -370,4 +372,30 @@ async fn a_set_up_that_panics_is_a_failure_and_the_next_call_tries_again() {
             assert!(pool.lease(&key, &0).await.is_ok());
         })
         .await;
+}
+
+#[tokio::test]
+async fn what_a_peer_takes_on_one_tunnel_is_expected_of_its_next() {
+    let connector = FakeConnector::ready();
+    let pool = pool(&connector);
+    let key = key("web", "cart");
+    LocalSet::new()
+        .run_until(async {
+            let first = pool.lease(&key, &0).await.expect("made");
+            connector.made.borrow()[0].peer_streams.set(1);
+            // The second tunnel's peer has not told anything yet, and gets one stream all the same.
+            let second = pool.lease(&key, &0).await.expect("made");
+            assert_eq!(connector.made.borrow().len(), 2);
+            let third = pool.lease(&key, &0).await;
+            assert!(
+                matches!(third, Err(TunnelError::Limit)),
+                "two tunnels at most"
+            );
+            // A tunnel that takes none is about to end: others are not judged by it.
+            connector.made.borrow()[0].peer_streams.set(0);
+            let third = pool.lease(&key, &0).await.expect("the second has room");
+            drop((first, second, third));
+        })
+        .await;
+    assert_eq!(connector.made.borrow().len(), 2);
 }

@@ -198,7 +198,8 @@ impl Cluster {
             ..TokenRequest::default()
         };
         let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), SYSTEM);
-        let made = accounts.create_token_request("weft-agent", &PostParams::default(), &request);
+        let params = PostParams::default();
+        let made = accounts.create_token_request("weft-agent", &params, &request);
         let status = made.await.expect("made").status;
         status.and_then(|status| status.token).expect("a token")
     }

@@ -6,6 +6,7 @@
 
 mod check;
 mod crds;
+mod definitions;
 mod stand_in;
 
 use std::{
@@ -29,6 +30,7 @@ pub use crds::{
     ExternalWorkloadSpec, FailureMode, MeshPolicy, MeshPolicySpec, Mtls, MtlsMode, Operation, Rule,
     SameNode, Source, StringPattern, StringPatternError, Toggle, WorkloadSelector,
 };
+pub use definitions::definitions;
 pub use stand_in::RefusedPolicy;
 
 /// Label on a pod, an `ExternalWorkload` or a namespace that enrols it: `enabled` or `disabled`.

@@ -4,6 +4,8 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::pod::{self, Target};
+
 /// Longest wait or interval that the command line takes, in seconds: one hour is already a mistake.
 const SECONDS_MAX: f64 = 3600.0;
 
@@ -15,6 +17,9 @@ const CHANGE_DEADLINE: Duration = Duration::from_secs(75);
 
 /// What the agent knows it tells at once, unless it is hung.
 const QUESTION_DEADLINE: Duration = Duration::from_secs(15);
+
+/// Less than the time that the chart's probes have.
+const PROBE_DEADLINE: Duration = Duration::from_secs(4);
 
 /// Operate Weft on this node: enrol workloads, see what the agent does, check the machine.
 ///
@@ -49,6 +54,8 @@ impl Cli {
     pub fn deadline(&self) -> Duration {
         self.timeout.unwrap_or(match self.command {
             Command::Enroll(_) | Command::Unenroll(_) | Command::Agent(_) => CHANGE_DEADLINE,
+            // A probe of the kubelet waits for 5 seconds.
+            Command::Pod(_) => PROBE_DEADLINE,
             Command::Status | Command::Check(_) | Command::Dump | Command::Top(_) => {
                 QUESTION_DEADLINE
             }
@@ -82,6 +89,9 @@ pub enum Command {
     /// Change the agent itself.
     #[command(subcommand)]
     Agent(AgentCommand),
+    /// What the pods of the Helm chart run inside their containers.
+    #[command(subcommand)]
+    Pod(PodCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -102,6 +112,41 @@ pub struct UpgradeArgs {
     /// configuration says otherwise, when absent.
     #[arg(long, value_name = "SECONDS")]
     pub drain_deadline: Option<u64>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PodCommand {
+    /// Prepare a container for an agent, and become it.
+    Run(PodRunArgs),
+    /// Succeed when the agent of this pod serves the node.
+    Ready,
+    /// Wait until another agent has taken over from the one of this pod, and while that one has connections left.
+    Drain(DrainArgs),
+    /// Do nothing until SIGTERM.
+    Idle,
+    /// Succeed when every target answers.
+    Reach {
+        /// `tcp://HOST:PORT` or `http://HOST:PORT/PATH`.
+        #[arg(required = true, value_parser = pod::target, value_name = "TARGET")]
+        targets: Vec<Target>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// How long to wait for another agent to take over, in seconds.
+    #[arg(long, default_value = "0", value_parser = patience, value_name = "SECONDS")]
+    pub successor: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct PodRunArgs {
+    /// Wait until no agent runs on this node.
+    #[arg(long)]
+    pub after_agent: bool,
+    /// The program and its arguments.
+    #[arg(last = true, required = true, value_name = "PROGRAM")]
+    pub program: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -148,6 +193,10 @@ pub struct TopArgs {
 
 fn wait(text: &str) -> Result<Duration, String> {
     seconds(text, 0.001)
+}
+
+fn patience(text: &str) -> Result<Duration, String> {
+    seconds(text, 0.0)
 }
 
 fn interval(text: &str) -> Result<Duration, String> {

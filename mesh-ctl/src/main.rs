@@ -2,13 +2,14 @@
 //! run one.
 //!
 //! It owns the human's view and nothing else. It talks to the agent only through the local socket's messages
-//! ([`mesh_api::local`]) and must not know how the agent does its work, nor Kubernetes.
+//! ([`mesh_api::local`]) and must not know how the agent does its work, nor Kubernetes' API.
 
 #![forbid(unsafe_code)]
 
 mod check;
 mod cli;
 mod client;
+mod pod;
 mod run;
 mod table;
 mod top;

@@ -15,6 +15,7 @@ use crate::{
     check,
     cli::{AgentCommand, Cli, Command, EnrollArgs, Output, TopArgs, UpgradeArgs},
     client::{Answer, Client, ClientError},
+    pod::{self, PodError},
     top, views,
 };
 
@@ -56,12 +57,16 @@ pub enum Failure {
     NotUtf8(String),
     #[error("cannot print: {0}")]
     Output(#[from] io::Error),
+    #[error(transparent)]
+    Pod(#[from] PodError),
 }
 
 impl Failure {
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Client(error) if error.is_unreachable() => Exit::Unreachable,
+            Self::Client(error) | Self::Pod(PodError::Client(error)) if error.is_unreachable() => {
+                Exit::Unreachable
+            }
             _ => Exit::Failed,
         }
     }
@@ -101,6 +106,7 @@ pub fn run(cli: &Cli, out: &mut impl Write) -> Result<Exit, Failure> {
         Command::Agent(AgentCommand::Upgrade(args)) => {
             ask_and_print(&upgrade(args)?, cli.output, &client, out)
         }
+        Command::Pod(command) => Ok(pod::execute(command, &client)?),
     }
 }
 
@@ -222,7 +228,7 @@ fn show_top(
 }
 
 /// Lets the interval between two samples pass; parking may end early.
-fn pause(interval: Duration) {
+pub fn pause(interval: Duration) {
     let end = Instant::now() + interval;
     loop {
         let left = end.saturating_duration_since(Instant::now());

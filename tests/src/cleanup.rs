@@ -12,7 +12,7 @@ use signal_hook::{
     iterator::Signals,
 };
 
-use crate::{cgroup, netns};
+use crate::{cgroup, cluster::local::sweep, netns};
 
 /// Where the kernel's BPF file system belongs.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -104,21 +104,27 @@ pub fn directory(prefix: &str) -> PathBuf {
     std::env::temp_dir().join(format!("{prefix}.lab"))
 }
 
-/// Kills and removes everything that a lab with this prefix has made: processes, namespaces, cgroups, pinned BPF
-/// objects, files. What is gone already is no error; everything is tried even when a part fails.
+/// Kills and removes everything that a lab or cluster with this prefix has made: processes, containers, mounts, namespaces,
+/// cgroups, pinned BPF objects, files. What is gone already is no error; everything is tried even when a part fails.
 ///
 /// # Errors
 /// The prefix is unusable, or the first thing that could not be removed.
 pub fn remove(prefix: &str) -> Result<()> {
     check_prefix(prefix)?;
+    let directory = directory(prefix);
+    let containers = sweep::containers(&directory);
     let mut outcome = cgroup::mount_point().and_then(|root| cgroup::remove(&root.join(prefix)));
+    if !containers.is_empty() {
+        outcome = outcome.and(sweep::remove_containers(&containers));
+    }
+    outcome = outcome.and(sweep::unmount(&directory));
     for name in entries_of(Path::new(netns::NETNS_DIR), prefix) {
         outcome = outcome.and(netns::delete(&name));
     }
     for name in entries_of(Path::new(BPFFS), prefix) {
         outcome = outcome.and(remove_directory(&Path::new(BPFFS).join(name)));
     }
-    outcome.and(remove_directory(&directory(prefix)))
+    outcome.and(remove_directory(&directory))
 }
 
 /// Everything of a lab that still exists, for a test to show that nothing does.

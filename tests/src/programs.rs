@@ -56,6 +56,32 @@ pub fn own(name: &str) -> Result<PathBuf> {
         })
 }
 
+/// Names the folder with tools that xtask has installed for the project alone.
+pub const TOOLS_VARIABLE: &str = "WEFT_TOOLS_DIR";
+
+/// The folder of such tools: `target/tools`, unless the environment names another.
+#[must_use]
+pub fn tools_directory() -> PathBuf {
+    env::var_os(TOOLS_VARIABLE).map_or_else(
+        || {
+            env::var_os("CARGO_TARGET_DIR")
+                .map_or_else(
+                    || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"),
+                    PathBuf::from,
+                )
+                .join("tools")
+        },
+        PathBuf::from,
+    )
+}
+
+/// Path of a tool: the machine's own, else the one that xtask has installed.
+#[must_use]
+pub fn tool(name: &str) -> Option<PathBuf> {
+    let ours = tools_directory().join(name);
+    installed(name).or_else(|| ours.is_file().then_some(ours))
+}
+
 /// Path of a program of the distribution, looked for on `PATH` and in the folders for administrators.
 #[must_use]
 pub fn installed(name: &str) -> Option<PathBuf> {

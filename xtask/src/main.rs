@@ -5,8 +5,11 @@
 mod bench;
 mod build;
 mod check;
+mod cluster;
+mod crds;
 mod demo;
 mod fuzz;
+mod image;
 mod setup;
 mod shell;
 mod test;
@@ -35,6 +38,9 @@ enum Command {
     Test(test::Options),
     Bench(bench::Options),
     Fuzz(fuzz::Options),
+    Image(image::Options),
+    Crds(crds::Options),
+    Cluster(cluster::Options),
 }
 
 fn main() -> ExitCode {
@@ -46,6 +52,9 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Image(options) => image::run(&options),
+        Command::Crds(options) => crds::run(&options),
+        Command::Cluster(options) => cluster::run(&options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

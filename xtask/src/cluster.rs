@@ -1,6 +1,6 @@
 //! `cargo xtask cluster`: a Kubernetes to test on.
 
-use std::{ffi::OsString, path::PathBuf, process::Command};
+use std::{env, ffi::OsString, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 use mesh_tests::{
@@ -183,7 +183,10 @@ fn test(name: &str, filter: Option<&str>, keep: bool) -> Result<()> {
         Some(cluster) => (cluster, true),
         None => (up(name, 2)?, false),
     };
-    let outcome = load_own_images(&cluster).and_then(|()| test::cluster(name, filter));
+    let outcome = environment(name, &cluster).and_then(|environment| {
+        load_own_images(&cluster)?;
+        test::cluster(&cluster, &environment, filter)
+    });
     if keep || was_up {
         say(&format!(
             "cluster {name} stays up; remove it with: cargo xtask cluster down --name {name}"
@@ -193,10 +196,20 @@ fn test(name: &str, filter: Option<&str>, keep: bool) -> Result<()> {
     outcome.and(Cluster::down(name))
 }
 
-/// What the tests are told: which cluster, and where the servers of a local one are.
-pub fn environment(name: &str) -> [(&'static str, OsString); 2] {
-    [
+/// What the tests are told: which cluster, how to reach and to restart its API server, and where the servers of a local one are.
+fn environment(name: &str, cluster: &Cluster) -> Result<Vec<(&'static str, OsString)>> {
+    let mut environment = vec![
         (NAME_VARIABLE, name.into()),
+        ("WEFT_TEST_KUBECONFIG", cluster.kubeconfig().into()),
         (local::SERVERS_VARIABLE, local::servers_directory().into()),
-    ]
+    ];
+    if let Cluster::Local(_) = cluster {
+        let ourselves = env::current_exe().context("cannot find this program")?;
+        let restart = format!(
+            "{} cluster --name {name} restart apiserver",
+            ourselves.display()
+        );
+        environment.push(("WEFT_TEST_RESTART", restart.into()));
+    }
+    Ok(environment)
 }

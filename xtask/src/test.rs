@@ -1,16 +1,17 @@
 //! `cargo xtask test`: the tests in tiers, with one summary at the end.
 
 use std::{
+    ffi::OsString,
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
-use mesh_tests::skip;
+use mesh_tests::{cluster::Cluster, skip};
 
 use crate::{
-    build, cluster, fuzz,
+    build, fuzz,
     setup::{self, Need},
     shell::{cargo, is_root, line_of, say, target_directory},
 };
@@ -142,15 +143,19 @@ fn end_to_end(options: &Options, skips: &skip::Notes, summary: &mut Summary) -> 
     observe(&mut command, summary)
 }
 
-/// Runs the tests that need a Kubernetes, on the cluster of this name.
-pub fn cluster(name: &str, filter: Option<&str>) -> Result<()> {
+/// Runs the tests that need a Kubernetes, with what tells them which.
+pub fn cluster(
+    cluster: &Cluster,
+    environment: &[(&str, OsString)],
+    filter: Option<&str>,
+) -> Result<()> {
     let began = Instant::now();
     let mut summary = Summary::default();
     let skips =
         skip::Notes::collect().context("cannot make the file that collects skipped tests")?;
     let mut command = cargo();
     command
-        .args(["test", "-p", "mesh-tests", "--test", "cluster*"])
+        .args(["test", "--workspace", "--test", "cluster*"])
         .args(["--no-fail-fast", "--", "--test-threads=1"])
         .args(filter)
         .env(
@@ -158,8 +163,9 @@ pub fn cluster(name: &str, filter: Option<&str>) -> Result<()> {
             target_directory(false),
         )
         .env(skip::FILE_VARIABLE, skips.path())
-        .envs(cluster::environment(name));
-    observe(&mut command, &mut summary)?;
+        .envs(environment.iter().cloned());
+    // Where the API server of a local cluster can be reached.
+    cluster.within(|| observe(&mut command, &mut summary))??;
     summary.note_skips(skips.read()?);
     summary.print(began.elapsed());
     if summary.failed > 0 || !summary.broken.is_empty() {

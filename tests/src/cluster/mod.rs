@@ -138,12 +138,23 @@ impl Cluster {
         }
     }
 
-    /// Runs a client where the API server can be reached from, and returns what it printed.
+    /// Runs something where the API server can be reached from: processes that it starts can reach it, too.
+    ///
+    /// # Errors
+    /// The namespace of a local cluster cannot be entered.
+    pub fn within<T: Send>(&self, run: impl FnOnce() -> T + Send) -> Result<T> {
+        match self {
+            Self::Local(local) => netns::within(&local.control_netns(), run),
+            Self::Given(_) | Self::Kind(_) => Ok(run()),
+        }
+    }
+
+    /// Runs a client with this on its standard input, and returns what it printed.
     ///
     /// # Errors
     /// It cannot be started. Its own failure is in the output.
     pub fn output(&self, command: &mut Command, stdin: Option<&str>) -> Result<Output> {
-        let mut run = || -> Result<Output> {
+        self.within(|| -> Result<Output> {
             let mut child = command
                 .stdin(stdin.map_or_else(Stdio::null, |_| Stdio::piped()))
                 .stdout(Stdio::piped())
@@ -154,12 +165,7 @@ impl Cluster {
                 pipe.write_all(text.as_bytes())?;
             }
             Ok(child.wait_with_output()?)
-        };
-        match self {
-            // A thread inside the namespace starts it there.
-            Self::Local(local) => netns::within(&local.control_netns(), run)?,
-            Self::Given(_) | Self::Kind(_) => run(),
-        }
+        })?
     }
 
     /// Runs a client with this process's own input and output, and returns whether it succeeded.
@@ -167,16 +173,9 @@ impl Cluster {
     /// # Errors
     /// It cannot be started.
     pub fn interactive(&self, command: &mut Command) -> Result<bool> {
-        let mut run = || -> Result<bool> {
-            let status = command
-                .status()
-                .with_context(|| format!("cannot run {:?}", command.get_program()))?;
-            Ok(status.success())
-        };
-        match self {
-            Self::Local(local) => netns::within(&local.control_netns(), run)?,
-            Self::Given(_) | Self::Kind(_) => run(),
-        }
+        let status = self.within(|| command.status())?;
+        let status = status.with_context(|| format!("cannot run {:?}", command.get_program()))?;
+        Ok(status.success())
     }
 
     /// Runs kubectl.
